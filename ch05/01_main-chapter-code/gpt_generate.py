@@ -1,0 +1,48 @@
+"""Continue a prompt with a trained GPT, token by token as they come."""
+
+import argparse
+
+import torch
+
+from llm_shared.checkpoint import load_model
+from llm_shared.cli import run
+from llm_shared.generate import stream, stream_text
+from llm_shared.hardware import pick_device, pick_dtype
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", default="runs/pretrain", help="folder of a run, or of one checkpoint")
+    parser.add_argument("--prompt", default="The whale", help="text to continue; empty: from <|endoftext|>")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to write at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="draw among the likeliest tokens that together reach p")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="float32", help="number type")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    model, tokenizer = load_model(args.checkpoint, device, pick_dtype(args.dtype, device))
+    steps = stream(
+        model,
+        [tokenizer.encode_ordinary(args.prompt)],
+        args.max_new_tokens,
+        eot_id=tokenizer.eot_token,
+        generator=torch.Generator(device).manual_seed(args.seed),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
+    print(args.prompt, end="", flush=True)
+    for text in stream_text(tokenizer, (new for (new,) in steps)):
+        print(text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,47 @@
+"""Pretrain a GPT on a text file. Without arguments: a small one on Moby-Dick, in a few minutes on a laptop."""
+
+import argparse
+from dataclasses import fields
+
+from llm_shared.cli import run
+from llm_shared.gpt import CONFIGS
+from llm_shared.pretrain import PretrainSettings, pretrain
+from llm_shared.schedule import warmup_cosine
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", help="UTF-8 text file to learn from")
+    parser.add_argument("--tokenizer", help="gpt2, or a file that BPETokenizer.save wrote")
+    parser.add_argument("--model", choices=CONFIGS, help="size of the model")
+    parser.add_argument("--context-length", type=int, help="tokens the model sees; None: the model's own")
+    parser.add_argument("--dropout", type=float, help="share of activations dropped while training")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, help="windows per batch")
+    parser.add_argument("--accumulate", type=int, help="batches per step")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--warmup-steps", type=int, help="steps until the peak; then down half a cosine")
+    parser.add_argument("--weight-decay", type=float, help="decay of the matrices")
+    parser.add_argument("--clip", type=float, help="largest gradient norm")
+    parser.add_argument("--val-fraction", type=float, help="share of the text, at its end, kept for validation")
+    parser.add_argument("--eval-every", type=int, help="steps between evaluations, each with a checkpoint and a sample")
+    parser.add_argument("--seed", type=int, help="seed of weights, order and samples")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="number type of the products")
+    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    parser.set_defaults(**{field.name: field.default for field in fields(PretrainSettings)})
+    parser.add_argument("--out", default="runs/pretrain", help="folder for checkpoint and loss curve")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    return vars(parser.parse_args())
+
+
+def main():
+    args = parse_args()
+    out, resume, device = (args.pop(name) for name in ("out", "resume", "device"))
+    settings = PretrainSettings(**args)
+    schedule = warmup_cosine(settings.lr, settings.warmup_steps, settings.steps)
+    pretrain(settings, out, schedule, device, resume)
+
+
+if __name__ == "__main__":
+    run(main)

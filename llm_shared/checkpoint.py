@@ -1,0 +1,99 @@
+"""ch05 · Checkpoints: a model on the disk, and a training run that can be stopped at any moment and goes on exactly."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llm_shared.gpt import GPTConfig, GPTModel
+from llm_shared.resources import replacing
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
+
+
+def save_model(folder, model, tokenizer):
+    """Write model.safetensors and config.json, and tokenizer.bpe unless the tokenizer is GPT-2's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
+    if isinstance(tokenizer, BPETokenizer):
+        tokenizer.save(folder / "tokenizer.bpe")
+
+
+def load_model(folder, device="cpu", dtype=torch.float32):
+    """Return (model, tokenizer) from a folder that `save_model` wrote, or from the newest checkpoint in it.
+
+    Weights that do not fit the configuration are a ValueError that names them; nothing is loaded in part.
+    """
+    folder = newest_checkpoint(folder) or Path(folder)
+    if not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
+        raise ValueError(f"{folder} holds no checkpoint: a folder with config.json and model.safetensors is asked for")
+    try:
+        config = GPTConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        weights = load_file(folder / "model.safetensors", device=str(device))
+    except (SafetensorError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is damaged or not a checkpoint of this project: {error}") from None
+    with torch.device("meta"):
+        model = GPTModel(config)
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    wrong = sorted(name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name))
+    if wrong:
+        raise ValueError(f"{folder}: the weights do not fit config.json: {', '.join(wrong[:3])} and {len(wrong)} in all")
+    model.load_state_dict(weights, assign=True)
+    bpe = folder / "tokenizer.bpe"
+    return model.to(dtype), BPETokenizer.load(bpe) if bpe.is_file() else gpt2_tokenizer()
+
+
+def newest_checkpoint(folder):
+    """Return the folder of the last whole checkpoint of a run, or None."""
+    return max(Path(folder).glob("step-" + "[0-9]" * 8), default=None)
+
+
+def save_checkpoint(folder, model, tokenizer, optimizer, history, settings):
+    """Write all that the run needs to go on to folder/step-…, then drop the checkpoints before it.
+
+    The new one gets its name when it is whole: whatever happens, one whole checkpoint stays. Step, schedule and
+    the loader's position all follow from the history's last step. A failed write is an OSError.
+    """
+    target = Path(folder) / f"step-{history[-1]['step']:08d}"
+    random_states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_states["cuda"] = torch.cuda.get_rng_state_all()
+    run = {"optimizer": optimizer.state_dict(), "random": random_states, "history": history, "settings": settings}
+    try:
+        with replacing(target) as temporary:
+            save_model(temporary, model, tokenizer)
+            torch.save(run, temporary / "run.pt")
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise OSError(f"could not save the checkpoint {target}: {error}; the one before it is untouched") from error
+    for old in Path(folder).glob("step-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder, model, optimizer, settings):
+    """Put the run in folder back as it was when its newest checkpoint was written; return its history.
+
+    ValueError if there is none, if it is damaged, or if it was made with other settings.
+    """
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(f"{folder} holds no checkpoint to resume: run once without --resume")
+    try:
+        run = torch.load(checkpoint / "run.pt", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{checkpoint / 'run.pt'} is damaged: {error}".splitlines()[0]) from None
+    changed = [key for key in sorted(settings | run["settings"]) if settings.get(key) != run["settings"].get(key)]
+    if changed:
+        was = ", ".join(f"{key}={run['settings'].get(key)}" for key in changed)
+        raise ValueError(f"the run in {folder} was made with {was}: resume it with the same, or choose another folder")
+    saved, _ = load_model(checkpoint)
+    model.load_state_dict(saved.state_dict())
+    optimizer.load_state_dict(run["optimizer"])
+    torch.set_rng_state(run["random"]["cpu"])
+    if "cuda" in run["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(run["random"]["cuda"])
+    return run["history"]

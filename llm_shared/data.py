@@ -1,0 +1,98 @@
+"""ch02 · From a text to batches: token files in memory-mapped form, windows over them, a loader."""
+
+from pathlib import Path
+
+import numpy as np
+import regex
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from llm_shared.resources import replacing
+
+BLOCK = 1 << 20  # characters tokenized at one time
+
+
+def read_blocks(path):
+    """Yield a UTF-8 text file in blocks that no token crosses: each ends before a space that follows a visible character."""
+    rest = ""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            while block := file.read(BLOCK):
+                text = rest + block
+                if "\0" in text:
+                    raise ValueError(f"{path} holds zero bytes: it is not a text file")
+                last_space = regex.search(r"(?r)(?<=\S)\s", text)
+                cut = last_space.start() if last_space else 0
+                rest = text[cut:]
+                yield text[:cut]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    yield rest
+
+
+def write_tokens(text_path, tokens_path, tokenizer):
+    """Tokenize a UTF-8 text file into a flat file of ids, 2 or 4 bytes each; return its path, suffix .uint16 or .uint32.
+
+    <|endoftext|> in the text becomes its one id. A text that is missing, empty or not UTF-8 leaves no file behind.
+    """
+    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
+    tokens_path = Path(tokens_path).with_suffix(f".{np.dtype(dtype).name}")
+    with replacing(tokens_path) as temporary, open(temporary, "wb") as file:
+        for block in read_blocks(text_path):
+            np.array(tokenizer.encode(block, allowed_special="all"), dtype).tofile(file)
+        if not file.tell():
+            raise ValueError(f"{text_path} is empty: there is nothing to learn from")
+    return tokens_path
+
+
+def load_tokens(path):
+    """Return the ids of a token file as a memory-mapped array (N): read from the disk only where they are used."""
+    return np.memmap(path, dtype=Path(path).suffix.removeprefix("."), mode="r")
+
+
+class TokenWindows(Dataset):
+    """Windows over tokens (N): item i is (input, target), two int64 tensors (context_length), target one token ahead.
+
+    >>> TokenWindows([10, 11, 12, 13, 14], context_length=3, stride=1)[1]
+    (tensor([11, 12, 13]), tensor([12, 13, 14]))
+    """
+
+    def __init__(self, tokens, context_length, stride):
+        if context_length < 1 or stride < 1:
+            raise ValueError(f"context_length and stride must be at least 1, not {context_length} and {stride}")
+        if len(tokens) <= context_length:
+            raise ValueError(f"{len(tokens)} tokens are too few for one window of {context_length} and its target")
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)  # a view, not a copy
+        self.windows = windows[::stride]  # (number of windows, context_length + 1)
+
+    def __len__(self):
+        return len(self.windows)
+
+    def __getitem__(self, i):
+        window = torch.from_numpy(self.windows[i].astype(np.int64))
+        return window[:-1], window[1:]
+
+
+class EpochOrder(Sampler):
+    """The order of n items in each epoch: a permutation that (seed, epoch) fixes, so that any place can be found again."""
+
+    def __init__(self, n, shuffle, seed):
+        self.n, self.shuffle, self.seed, self.epoch = n, shuffle, seed, 0
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        rng = np.random.default_rng((self.seed, self.epoch))
+        self.epoch += 1
+        yield from rng.permutation(self.n).tolist() if self.shuffle else range(self.n)
+
+
+def create_dataloader(tokens, batch_size, context_length, stride, shuffle=True, seed=0):
+    """Return a DataLoader of (inputs, targets), each int64 (batch_size, context_length); the last batch may be smaller.
+
+    Each pass draws a new order; `loader.sampler.epoch = k` goes to the order of epoch k.
+    """
+    windows = TokenWindows(tokens, context_length, stride)
+    own = torch.Generator()  # else each pass draws from the global one, which dropout uses
+    return DataLoader(windows, batch_size, sampler=EpochOrder(len(windows), shuffle, seed), generator=own)

@@ -1,0 +1,90 @@
+"""ch05 · From prompts to text: batched, cached, sampled, token by token."""
+
+import codecs
+
+import torch
+
+
+def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
+    """Draw the next token of each row: logits (B, vocab_size) → ids (B).
+
+    Temperature 0 takes the likeliest. top_k keeps the k likeliest (all, if k is above the vocabulary); top_p keeps
+    the fewest likeliest that together reach p (Holtzman et al. 2020); the generator fixes the draw.
+    """
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None:
+        ordered, places = logits.sort(descending=True)
+        probs = ordered.softmax(dim=-1)
+        ordered[probs.cumsum(dim=-1) - probs >= top_p] = -torch.inf  # those before it suffice
+        logits = logits.scatter(1, places, ordered)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens, eot_id=None, use_cache=True, generator=None, **sampling):
+    """Yield, step by step, the new id of each prompt, or None for one that has reached eot_id.
+
+    prompts: lists of ids, of any lengths; an empty one starts from eot_id. The model sees the last context_length
+    tokens at most. Past that length every position shifts by one at each step, so nothing cached stays true and
+    the whole window is computed anew. sampling: as for `sample`.
+    """
+    prompts = [list(prompt) or [eot_id] for prompt in prompts]
+    if [None] in prompts:
+        raise ValueError("an empty prompt has no token to start from: give eot_id")
+    if not prompts:
+        return
+    device, context = model.tok_emb.weight.device, model.config.context_length
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width + max_new_tokens, dtype=torch.long, device=device)
+    real = torch.ones_like(ids, dtype=torch.bool)  # False at the padding, which stands on the left
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) : width] = torch.tensor(prompt, device=device)
+        real[row, : width - len(prompt)] = False
+    padded = not real.all()
+    caches, done = None, [False] * len(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        for end in range(width, width + max_new_tokens):
+            start = max(0, end - context)
+            if not use_cache or start > 0:
+                caches, seen = None, start
+            elif caches is None:
+                caches, seen = model.make_caches(len(prompts), min(context, width + max_new_tokens)), 0
+            else:
+                seen = end - 1
+            mask = real[:, start:end] if padded else None
+            logits = model(ids[:, seen:end], caches, mask, last_only=True)[:, -1]  # (B, vocab_size)
+            ids[:, end] = sample(logits, generator=generator, **sampling)
+            step = ids[:, end].tolist()
+            done = [ended or new == eot_id for ended, new in zip(done, step, strict=True)]
+            if all(done):
+                return
+            yield [None if ended else new for ended, new in zip(done, step, strict=True)]
+    finally:
+        model.train(was_training)
+
+
+def generate(model, prompts, max_new_tokens, **options):
+    """Return each prompt followed by its new ids, eot_id left out, as lists; options as for `stream`."""
+    rows = [list(prompt) for prompt in prompts]
+    for step in stream(model, prompts, max_new_tokens, **options):
+        for row, new in zip(rows, step, strict=True):
+            if new is not None:
+                row.append(new)
+    return rows
+
+
+def stream_text(tokenizer, ids):
+    """Yield the text of ids as they come; the bytes of a character split between tokens wait for each other."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for i in ids:
+        yield decoder.decode(tokenizer.decode_bytes([i]))
+    yield decoder.decode(b"", final=True)

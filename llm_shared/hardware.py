@@ -1,0 +1,43 @@
+"""setup · What this machine offers: device, number type, and memory that is kept."""
+
+import ctypes
+import sys
+
+import torch
+
+
+def pick_device(name="auto"):
+    """Return the torch.device called name; auto is cuda, else mps, else cpu. One that is missing is a ValueError."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in present.items() if there))
+    if not present.get(name.split(":")[0]):
+        raise ValueError(f"device {name!r} is not on this machine; use {' or '.join(k for k, there in present.items() if there)}")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """Return torch.float32 or torch.bfloat16; auto is bfloat16 where the device computes it natively."""
+    native = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "cpu": torch.cpu._is_amx_tile_supported,
+    }
+    if name == "auto":
+        return torch.bfloat16 if native.get(device.type, lambda: False)() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def keep_freed_memory():
+    """Tell glibc (Linux) to keep freed memory: it gives every block over 32 MB back, and each step pays for it again.
+
+    The price: the process stays as large as it once was. Source: mallopt(3).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library
+    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)

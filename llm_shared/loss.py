@@ -1,0 +1,102 @@
+"""ch05 · The next-token loss, taken through the head in chunks, its average over a data set, and what to compare it with."""
+
+import math
+from itertools import islice
+
+import numpy as np
+import torch
+
+IGNORED = -100  # a target with this value does not count
+CHUNK = 512  # positions whose logits exist at one time
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of hidden @ weight.T, in nats, without ever holding the logits of the whole batch.
+
+    hidden (N, n_embd), weight (vocab_size, n_embd), targets (N) → scalar. The logits of GPT-2's 50,257 tokens
+    are the largest thing a small model computes. Here each chunk of them is used at once: the gradient of
+    cross-entropy, softmax(logits) - one_hot(target), needs nothing that comes later. A probability too small
+    for the number type counts as its smallest one, so a token costs at most about 87 nats.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        x, w = hidden.to(dtype), weight.to(dtype)
+        total = torch.zeros((), device=hidden.device)
+        train = any(ctx.needs_input_grad)
+        grad_x = torch.empty_like(x) if train else None
+        grad_weight = torch.zeros_like(weight) if train else None
+        for start in range(0, len(x), CHUNK):
+            rows = x[start : start + CHUNK]  # (chunk, n_embd)
+            target = targets[start : start + CHUNK, None]  # (chunk, 1)
+            counts = target != IGNORED
+            target = target.where(counts, 0)
+            probs = (rows @ w.T).softmax(dim=-1)  # (chunk, vocab_size)
+            p_target = probs.gather(1, target).float().clamp(min=torch.finfo(torch.float32).tiny)
+            total -= (p_target.log() * counts).sum()
+            if train:
+                grad_logits = probs.scatter_add_(1, target, -torch.ones_like(target, dtype=dtype))
+                if not counts.all():
+                    grad_logits *= counts
+                grad_x[start : start + CHUNK] = grad_logits @ w
+                if dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad_logits.T, rows)
+                else:
+                    grad_weight += grad_logits.T @ rows
+        if train:
+            ctx.save_for_backward(grad_x.to(hidden.dtype), grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None
+
+
+def next_token_loss(model, inputs, targets):
+    """Return the summed cross-entropy (nats) of a batch; inputs and targets (B, T)."""
+    hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, n_embd)
+    return HeadCrossEntropy.apply(hidden, model.tok_emb.weight, targets.flatten())
+
+
+def count_targets(targets):
+    """Return how many targets count."""
+    return int((targets != IGNORED).sum())
+
+
+@torch.no_grad()
+def evaluate(model, loader, loss_fn=next_token_loss, batches=None, dtype=torch.float32):
+    """Return the mean loss (nats) per target over a loader, or its first batches; every target weighs the same.
+
+    Nothing random is drawn from the training run's generators, so looking does not change what is learned.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    with torch.random.fork_rng(devices=[]), autocast(device, dtype):  # a DataLoader may draw a seed of its own
+        for batch in islice(loader, batches):
+            batch = [tensor.to(device) for tensor in batch]
+            total += loss_fn(model, *batch).item()
+            count += count_targets(batch[-1])
+    model.train(was_training)
+    return total / count
+
+
+def autocast(device, dtype):
+    """Return the context in which products run in dtype, while weights and sums stay float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def unigram_entropy(tokens):
+    """Return the entropy (nats per token) of how often each token occurs: the loss of the best model without context."""
+    counts = np.bincount(tokens)
+    probs = counts[counts > 0] / len(tokens)
+    return float(-(probs * np.log(probs)).sum())
+
+
+def bits_per_byte(loss, n_tokens, n_bytes):
+    """Turn a loss in nats per token into bits per byte of text, which compares across tokenizers."""
+    return loss / math.log(2) * n_tokens / n_bytes

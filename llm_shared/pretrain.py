@@ -1,0 +1,134 @@
+"""ch05 · A pretraining run from a text file to a report: what gpt_train.py calls."""
+
+import math
+import zlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from llm_shared.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from llm_shared.data import create_dataloader, load_tokens, write_tokens
+from llm_shared.generate import generate
+from llm_shared.gpt import CONFIGS, GPTModel
+from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
+from llm_shared.loss import bits_per_byte, evaluate, next_token_loss, unigram_entropy
+from llm_shared.resources import fetch, replacing
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
+from llm_shared.training import make_optimizer, train
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What fixes a run: the same settings and seed give the same weights."""
+
+    data: str = "moby-dick.txt"  # a UTF-8 text file, or the bundled one
+    tokenizer: str = "gpt2"  # or a file that BPETokenizer.save wrote
+    model: str = "mini"
+    context_length: int | None = None  # None: the model's
+    dropout: float = 0.0
+    steps: int = 500
+    batch_size: int = 4
+    accumulate: int = 1
+    lr: float = 2e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    val_fraction: float = 0.05
+    eval_every: int = 100
+    seed: int = 0
+    dtype: str = "auto"
+    compile: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
+        if self.model not in CONFIGS:
+            raise ValueError(f"no model is called {self.model!r}; there are {', '.join(CONFIGS)}")
+
+
+def pretrain(settings, out, schedule=None, device="auto", resume=False):
+    """Train a GPT on a text as settings say; leave tokens, checkpoint and loss.png in the folder out; print a report.
+
+    schedule: step → learning rate, constant if None. With resume, the run in out goes on where it stopped.
+    """
+    out = Path(out)
+    if not resume and newest_checkpoint(out):
+        raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+    keep_freed_memory()
+    device = pick_device(device)
+    dtype = pick_dtype(settings.dtype, device)
+    tokenizer = gpt2_tokenizer() if settings.tokenizer == "gpt2" else BPETokenizer.load(settings.tokenizer)
+    text = Path(settings.data) if Path(settings.data).exists() else fetch(settings.data)
+    tokens = load_tokens(write_tokens(text, out / "tokens", tokenizer))
+    n_train = int(len(tokens) * (1 - settings.val_fraction))
+
+    config = replace(CONFIGS[settings.model], vocab_size=tokenizer.n_vocab, dropout=settings.dropout)
+    config = replace(config, context_length=settings.context_length or config.context_length)
+    length = config.context_length
+    loader = create_dataloader(tokens[:n_train], settings.batch_size, length, stride=length, seed=settings.seed)
+    val_loader = create_dataloader(tokens[n_train:], settings.batch_size, length, stride=length, shuffle=False)
+
+    torch.manual_seed(settings.seed)
+    model = GPTModel(config).to(device)
+    optimizer = make_optimizer(model, settings.lr, settings.weight_decay)
+    fixed = asdict(settings) | {"dtype": str(dtype), "tokens": zlib.crc32(tokens)}
+    history = load_checkpoint(out, model, optimizer, fixed) if resume else []
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    print(f"{settings.model}: {n_weights:,} weights on {device} in {dtype}; {n_train:,} tokens of {text.name}")
+
+    prompt = tokens[n_train : n_train + 8].tolist()
+
+    def on_eval(history):
+        save_checkpoint(out, model, tokenizer, optimizer, history, fixed)
+        now = history[-1]
+        tqdm.write(f"step {now['step']}: train loss {now['train_loss']:.3f}, validation loss {now['val_loss']:.3f}")
+        tqdm.write("  " + write_sample(model, tokenizer, prompt, 30, settings.seed).replace("\n", " "))
+
+    loss_fn = torch.compile(next_token_loss) if settings.compile else next_token_loss
+    history = train(
+        model, optimizer, loader, val_loader, settings.steps, loss_fn=loss_fn, schedule=schedule, clip=settings.clip,
+        accumulate=settings.accumulate, dtype=dtype, eval_every=settings.eval_every, history=history, on_eval=on_eval,
+    )  # fmt: skip
+    plot_losses(history, unigram_entropy(tokens), out / "loss.png")
+
+    val_loss = evaluate(model, val_loader, dtype=dtype)
+    n_bytes = len(tokenizer.decode_bytes(tokens[n_train:].tolist()))
+    bits = bits_per_byte(val_loss, len(tokens) - n_train, n_bytes)
+    print(f"\nvalidation loss {val_loss:.3f} nats per token, perplexity {math.exp(val_loss):.1f}, {bits:.3f} bits per byte")
+    print(f"to compare: without any context, at best {unigram_entropy(tokens):.3f} nats per token (unigram entropy)")
+    print(f"\n{write_sample(model, tokenizer, prompt, 80, settings.seed)}\n")
+    print(f"checkpoint {newest_checkpoint(out)}, loss curve {out / 'loss.png'}")
+
+
+def write_sample(model, tokenizer, prompt, max_new_tokens, seed):
+    """Return prompt and what the model writes after it, as text."""
+    generator = torch.Generator(model.tok_emb.weight.device).manual_seed(seed)
+    options = {"temperature": 0.8, "top_k": 50, "eot_id": tokenizer.eot_token, "generator": generator}
+    return tokenizer.decode(generate(model, [prompt], max_new_tokens, **options)[0])
+
+
+def plot_losses(history, entropy, path):
+    """Draw the losses over the steps, and the unigram entropy as a line to get under, into a picture file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [now["step"] for now in history]
+    axes.plot(steps, [now["train_loss"] for now in history], "o-", label="train")
+    axes.plot(steps, [now["val_loss"] for now in history], "s-", label="validation")
+    axes.axhline(entropy, color="gray", linestyle="--", label="unigram entropy")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

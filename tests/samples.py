@@ -1,0 +1,7 @@
+"""Texts that tests share."""
+
+MIXED_TEXT = (
+    "Hello, world! It's 3:30pm and they'll say we're done.\n\n  def f(x):\n\treturn x**2  # ½ ² Ⅷ ٣\r\n"
+    "Việt Nam có Hà Nội và Đà Nẵng. Vie\u0323\u0302t (NFD). Tiếng Việt viết thế nào?\n"
+    "日本語と中文。 ไทย 한국어 العربية 👩‍👩‍👧‍👦 🇻🇳 \u00a0\u2003\u3000 \x00\x1c\x1f\x85 '' 's 'S ’s   \n"
+)

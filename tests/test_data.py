@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+import torch
+from samples import MIXED_TEXT
+
+import llm_shared.data
+from llm_shared.data import EpochOrder, TokenWindows, create_dataloader, load_tokens, write_tokens
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
+
+
+def naive_batches(tokens, batch_size, context_length, stride):
+    windows = []
+    for start in range(0, len(tokens) - context_length, stride):
+        window = tokens[start : start + context_length + 1]
+        windows.append((window[:-1], window[1:]))
+    for i in range(0, len(windows), batch_size):
+        inputs, targets = zip(*windows[i : i + batch_size], strict=True)
+        yield torch.tensor(inputs), torch.tensor(targets)
+
+
+@pytest.mark.parametrize("n", [5, 20, 41])
+@pytest.mark.parametrize("context_length", [1, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batches_equal_a_naive_loop(n, context_length, stride, batch_size):
+    tokens = list(range(100, 100 + n))
+    expected = list(naive_batches(tokens, batch_size, context_length, stride))
+    got = list(create_dataloader(np.array(tokens, np.uint16), batch_size, context_length, stride, shuffle=False))
+    assert len(got) == len(expected)
+    for (x, y), (x_naive, y_naive) in zip(got, expected, strict=True):
+        assert x.dtype == y.dtype == torch.int64
+        assert torch.equal(x, x_naive) and torch.equal(y, y_naive)
+
+
+def test_shuffling_is_a_permutation_fixed_by_seed_and_epoch():
+    tokens = np.arange(1000, dtype=np.uint16)
+
+    def order(loader):
+        return [int(x[0, 0]) for x, _ in loader]
+
+    loader = create_dataloader(tokens, 1, 10, 10, shuffle=True, seed=1)
+    first, second = order(loader), order(loader)
+    assert sorted(first) == sorted(second) == list(range(0, 990, 10))
+    assert first != second
+    assert order(create_dataloader(tokens, 1, 10, 10, shuffle=True, seed=1)) == first
+    assert order(create_dataloader(tokens, 1, 10, 10, shuffle=True, seed=2)) != first
+    loader.sampler.epoch = 1
+    assert order(loader) == second
+    assert list(EpochOrder(3, shuffle=False, seed=0)) == [0, 1, 2]
+
+
+def test_windows_are_views():
+    tokens = np.arange(1_000_000, dtype=np.uint16)
+    windows = TokenWindows(tokens, 256, 1)
+    assert len(windows) == 1_000_000 - 256
+    assert np.shares_memory(windows.windows, tokens)
+
+
+def test_token_file(tmp_path, moby_dick):
+    tokenizer = gpt2_tokenizer()
+    text_path = tmp_path / "book.txt"
+    text_path.write_text(moby_dick + "<|endoftext|>" + MIXED_TEXT.replace("\x00", ""), encoding="utf-8", newline="")
+    text = text_path.read_text(encoding="utf-8")  # line ends become \n
+    path = write_tokens(text_path, tmp_path / "tokens", tokenizer)
+    tokens = load_tokens(path)
+    assert tokens.dtype == np.uint16 and path.stat().st_size == 2 * len(tokens)
+    assert tokens.tolist() == tokenizer.encode(text, allowed_special="all")
+    assert isinstance(tokens, np.memmap)
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    tokenizer = BPETokenizer.train("low lower", 260)
+    tokenizer.n_vocab = (1 << 16) + 1
+    (tmp_path / "text").write_text("lowest", encoding="utf-8")
+    assert load_tokens(write_tokens(tmp_path / "text", tmp_path / "tokens", tokenizer)).dtype == np.uint32
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
+def test_blocks_change_no_token(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(llm_shared.data, "BLOCK", block)
+    text = MIXED_TEXT.replace("\x00", "").replace("\r", "") * 2 + "   \n\n  end  \n"
+    (tmp_path / "text").write_text(text, encoding="utf-8", newline="")
+    path = write_tokens(tmp_path / "text", tmp_path / "tokens", gpt2_tokenizer())
+    assert load_tokens(path).tolist() == gpt2_tokenizer().encode(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"abc\xff\xfe", "not UTF-8 text"), (b"PK\x03\x04\x00\x00", "zero bytes"), (None, "No such file")],
+)
+def test_bad_text_leaves_nothing(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=message):
+        write_tokens(tmp_path / "text", tmp_path / "out" / "tokens", gpt2_tokenizer())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_byte_order_mark_is_no_token(tmp_path):
+    (tmp_path / "text").write_bytes("\ufeffViệt".encode())
+    path = write_tokens(tmp_path / "text", tmp_path / "tokens", gpt2_tokenizer())
+    assert gpt2_tokenizer().decode(load_tokens(path).tolist()) == "Việt"
+
+
+def test_bad_windows():
+    with pytest.raises(ValueError, match="too few for one window"):
+        TokenWindows(np.arange(4), 4, 1)
+    for context_length, stride in ((0, 1), (1, 0), (2, -1)):
+        with pytest.raises(ValueError, match="at least 1"):
+            TokenWindows(np.arange(10), context_length, stride)

@@ -1,0 +1,26 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm_shared.linear import FEW_ROWS, Linear, linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (5,), (3, 1), (2, 7), (FEW_ROWS,), (FEW_ROWS + 1,), (0,)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_equals_f_linear(dtype, shape, bias, grad):
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape, 24).to(dtype), torch.randn(16, 24).to(dtype)
+    b = torch.randn(16).to(dtype) if bias else None
+    with torch.set_grad_enabled(grad):
+        ours, theirs = linear(x, weight, b), F.linear(x, weight, b)
+    assert ours.shape == theirs.shape and ours.dtype == dtype
+    assert torch.allclose(ours, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-1 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_module_is_an_nn_linear():
+    layer = Linear(4, 3)
+    assert isinstance(layer, torch.nn.Linear)
+    x = torch.randn(2, 4)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))

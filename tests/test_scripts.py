@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from llm_shared.checkpoint import newest_checkpoint, save_model
+from llm_shared.gpt import GPTConfig, GPTModel
+from llm_shared.tokenizer import BPETokenizer
+
+TRAIN = "ch05/01_main-chapter-code/gpt_train.py"
+GENERATE = "ch05/01_main-chapter-code/gpt_generate.py"
+GPT = "ch04/01_main-chapter-code/gpt.py"
+VIETNAMESE = "Điều 1. Bộ luật này quy định quyền và nghĩa vụ của cá nhân trong các quan hệ dân sự.\n" * 40
+TINY = "--context-length 16 --batch-size 2 --steps 3 --eval-every 2 --warmup-steps 1".split()
+
+
+def one_line(process, message):
+    assert process.returncode == 1, process.stderr
+    assert message in process.stderr
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
+
+
+@pytest.fixture
+def vietnamese(tmp_path):
+    (tmp_path / "luật.txt").write_text(VIETNAMESE, encoding="utf-8")
+    BPETokenizer.train(VIETNAMESE, 300).save(tmp_path / "luật.bpe")
+    return ["--data", tmp_path / "luật.txt", "--tokenizer", tmp_path / "luật.bpe"]
+
+
+def test_train_resume_and_generate_on_vietnamese(script, vietnamese, tmp_path):
+    out = tmp_path / "thư mục chạy"
+    done = script(TRAIN, *TINY, *vietnamese, "--out", out)
+    assert done.returncode == 0, done.stderr
+    for said in ("validation loss", "unigram entropy", "bits per byte", "step 2:", "step 3:"):
+        assert said in done.stdout
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert newest_checkpoint(out).name == "step-00000003"
+
+    one_line(script(TRAIN, *TINY, *vietnamese, "--out", out), "already holds a run")
+    assert script(TRAIN, *TINY, *vietnamese, "--out", out, "--resume").returncode == 0
+    other = script(TRAIN, *TINY, *vietnamese, "--out", out, "--resume", "--lr", "0.5")
+    one_line(other, "was made with lr=0.002")
+    assert newest_checkpoint(out).name == "step-00000003"
+
+    write = [GENERATE, "--checkpoint", out, "--prompt", "Điều 2", "--max-new-tokens", 40, "--temperature", 1]
+    first, again = script(*write), script(*write)
+    assert first.returncode == 0 and first.stdout.startswith("Điều 2")
+    assert first.stdout == again.stdout != script(*write, "--seed", 7).stdout
+    assert script(*write, "--prompt", "").returncode == 0
+    one_line(script(*write, "--top-k", 0), "top_k at least 1")
+
+
+def test_gpt_script(script):
+    done = script(GPT, "--model", "mini", "--max-new-tokens", 3)
+    assert done.returncode == 0, done.stderr
+    assert "16,090,880 weights" in done.stdout
+
+
+@pytest.mark.parametrize("path", [TRAIN, GENERATE, GPT])
+def test_help_shows_defaults(script_here, path):
+    done = script_here(path, "--help")
+    assert done.returncode == 0 and "(default: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file is called"),
+        (b"", "is empty"),
+        (b"\x89PNG\r\n\x1a\n", "is not UTF-8 text"),
+        (b"GIF\x00\x01", "holds zero bytes"),
+        (b"too short", "too few for one window of 16"),
+    ],
+)
+def test_bad_data(script_here, tmp_path, content, message):
+    data, out = tmp_path / "data.txt", tmp_path / "out"
+    if content is not None:
+        data.write_bytes(content)
+    one_line(script_here(TRAIN, *TINY, "--data", data, "--out", out), message)
+    assert newest_checkpoint(out) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--steps 0", "steps must be at least 1"),
+        ("--batch-size -3", "batch_size must be at least 1"),
+        ("--lr 0", "lr must be a number above 0"),
+        ("--lr nan", "lr must be a number above 0"),
+        ("--val-fraction 1", "val_fraction must lie between 0 and 1"),
+        ("--dropout 1.5", "dropout must be"),
+        ("--context-length -1", "context_length must be"),
+        ("--warmup-steps -1", "warmup_steps must be at least 0"),
+        ("--device abacus", "device 'abacus' is not on this machine"),
+        ("--resume", "holds no checkpoint to resume"),
+        ("--tokenizer nowhere.bpe", "nowhere.bpe"),
+        ("--lr 1e30 --clip 1e30 --warmup-steps 0 --steps 50", "try a lower learning rate"),
+    ],
+)
+def test_nonsense(script_here, vietnamese, tmp_path, options, message):
+    one_line(script_here(TRAIN, *TINY, *vietnamese, *options.split(), "--out", tmp_path / "out"), message)
+
+
+def test_unwritable_output(script_here, vietnamese, tmp_path):
+    (tmp_path / "file").write_text("")
+    one_line(script_here(TRAIN, *TINY, *vietnamese, "--out", tmp_path / "file" / "out"), "file")
+
+
+def test_generate_from_what_is_no_checkpoint(script_here, tmp_path):
+    one_line(script_here(GENERATE, "--checkpoint", tmp_path), "holds no checkpoint")
+    torch.manual_seed(0)
+    save_model(tmp_path / "model", GPTModel(GPTConfig(vocab_size=50257, n_embd=8, n_head=1, n_layer=1)), None)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    one_line(script_here(GENERATE, "--checkpoint", tmp_path / "model"), "damaged")
+    weights.write_bytes(b"hello")
+    one_line(script_here(GENERATE, "--checkpoint", tmp_path / "model"), "damaged")
