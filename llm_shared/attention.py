@@ -17,12 +17,13 @@ class KVCache:
 
     def append(self, keys, values):
         """Store the new (B, n_head, T, head_dim) keys and values; return views of all stored so far."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.length > self.keys.shape[2]:
-            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens, {self.length} were given")
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        T, room = keys.shape[2], self.keys.shape[2]
+        if self.length + T > room:
+            raise ValueError(f"the cache holds {room} tokens, {self.length + T} were given")
+        self.keys.narrow(2, self.length, T).copy_(keys)
+        self.values.narrow(2, self.length, T).copy_(values)
+        self.length += T
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
 
 def causal_mask(n_query, n_key, device=None):

@@ -41,7 +41,9 @@ def load_model(folder, device="cpu", dtype=torch.float32):
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     wrong = sorted(name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name))
     if wrong:
-        raise ValueError(f"{folder}: the weights do not fit config.json: {', '.join(wrong[:3])} and {len(wrong)} in all")
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json: {', '.join(wrong[:3])} and {len(wrong)} in all"
+        )
     model.load_state_dict(weights, assign=True)
     bpe = folder / "tokenizer.bpe"
     return model.to(dtype), BPETokenizer.load(bpe) if bpe.is_file() else gpt2_tokenizer()

@@ -61,7 +61,10 @@ class TokenWindows(Dataset):
         if context_length < 1 or stride < 1:
             raise ValueError(f"context_length and stride must be at least 1, not {context_length} and {stride}")
         if len(tokens) <= context_length:
-            raise ValueError(f"{len(tokens)} tokens are too few for one window of {context_length} and its target")
+            raise ValueError(
+                f"{len(tokens)} tokens are too few for one window of {context_length} and its target: "
+                "take a longer text, or a shorter context length"
+            )
         windows = np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)  # a view, not a copy
         self.windows = windows[::stride]  # (number of windows, context_length + 1)
 

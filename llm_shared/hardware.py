@@ -12,7 +12,9 @@ def pick_device(name="auto"):
     if name == "auto":
         return torch.device(next(kind for kind, there in present.items() if there))
     if not present.get(name.split(":")[0]):
-        raise ValueError(f"device {name!r} is not on this machine; use {' or '.join(k for k, there in present.items() if there)}")
+        raise ValueError(
+            f"device {name!r} is not on this machine; use {' or '.join(k for k, there in present.items() if there)}"
+        )
     return torch.device(name)
 
 

@@ -105,7 +105,9 @@ def pretrain(settings, out, schedule=None, device="auto", resume=False):
     val_loss = evaluate(model, val_loader, dtype=dtype)
     n_bytes = len(tokenizer.decode_bytes(tokens[n_train:].tolist()))
     bits = bits_per_byte(val_loss, len(tokens) - n_train, n_bytes)
-    print(f"\nvalidation loss {val_loss:.3f} nats per token, perplexity {math.exp(val_loss):.1f}, {bits:.3f} bits per byte")
+    print(
+        f"\nvalidation loss {val_loss:.3f} nats per token, perplexity {math.exp(val_loss):.1f}, {bits:.3f} bits per byte"
+    )
     print(f"to compare: without any context, at best {unigram_entropy(tokens):.3f} nats per token (unigram entropy)")
     print(f"\n{write_sample(model, tokenizer, prompt, 80, settings.seed)}\n")
     print(f"checkpoint {newest_checkpoint(out)}, loss curve {out / 'loss.png'}")

@@ -31,15 +31,19 @@ def fetch(name):
     With LLM_OFFLINE=1 nothing is downloaded. A name that nobody knows is a ValueError, a failed download an
     OSError; a file whose sha256 is not the pinned one is thrown away.
     """
-    if (ASSETS / name).is_file():
-        return ASSETS / name
+    bundled = {
+        path.relative_to(ASSETS).as_posix(): path for path in sorted(ASSETS.rglob("*.*")) if path.suffix != ".md"
+    }
+    if name in bundled:
+        return bundled[name]
     if name not in DOWNLOADS:
-        bundled = sorted(path.relative_to(ASSETS).as_posix() for path in ASSETS.rglob("*") if path.is_file())
         raise ValueError(f"no file is called {name!r}; there are {', '.join([*bundled, *DOWNLOADS])}")
     url, sha256 = DOWNLOADS[name]
     path = CACHE / name
     if not path.is_file() and os.environ.get("LLM_OFFLINE") == "1":
-        raise OSError(f"{name} is not in {CACHE} and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there")
+        raise OSError(
+            f"{name} is not in {CACHE} and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there"
+        )
     import pooch
 
     try:  # into a temporary name, verified, then renamed

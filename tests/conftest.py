@@ -13,13 +13,16 @@ os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).parent.parent
 collect_ignore = ["bench"]  # benchmarks measure; they do not test
 
+
 @pytest.fixture
 def script():
     """Run a script of the repository as a reader would; return the finished process."""
 
     def run(path, *args, cwd=None, **options):
         command = [sys.executable, str(ROOT / path), *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, cwd=cwd, **options)
+        return subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", timeout=120, cwd=cwd, **options
+        )
 
     return run
 

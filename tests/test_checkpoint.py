@@ -44,7 +44,12 @@ def test_model_round_trip(tmp_path):
         ids = torch.arange(8)[None]
         assert torch.equal(again(ids), model(ids))
         assert all(weight.requires_grad for weight in again.parameters())
-        assert load_model(tmp_path / own.__class__.__name__, dtype=torch.bfloat16)[0].head(torch.zeros(1, 16).bfloat16()).dtype == torch.bfloat16
+        assert (
+            load_model(tmp_path / own.__class__.__name__, dtype=torch.bfloat16)[0]
+            .head(torch.zeros(1, 16).bfloat16())
+            .dtype
+            == torch.bfloat16
+        )
 
 
 def test_only_the_newest_checkpoint_stays(run_state):
@@ -135,7 +140,9 @@ def small_run(tmp_path_factory):
     book = (ROOT / "llm_shared/assets/moby-dick.txt").read_text(encoding="utf-8")[:20_000]
     (folder / "book.txt").write_text(book, encoding="utf-8")
     BPETokenizer.train(book, 300).save(folder / "book.bpe")
-    options = "--context-length 32 --batch-size 2 --accumulate 2 --dropout 0.1 --steps 16 --eval-every 2 --dtype float32"
+    options = (
+        "--context-length 32 --batch-size 2 --accumulate 2 --dropout 0.1 --steps 16 --eval-every 2 --dtype float32"
+    )
     paths = ["--data", folder / "book.txt", "--tokenizer", folder / "book.bpe"]
 
     def command(out, *more):

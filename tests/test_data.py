@@ -86,7 +86,12 @@ def test_blocks_change_no_token(tmp_path, monkeypatch, block):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"abc\xff\xfe", "not UTF-8 text"), (b"PK\x03\x04\x00\x00", "zero bytes"), (None, "No such file")],
+    [
+        (b"", "is empty"),
+        (b"abc\xff\xfe", "not UTF-8 text"),
+        (b"PK\x03\x04\x00\x00", "zero bytes"),
+        (None, "No such file"),
+    ],
 )
 def test_bad_text_leaves_nothing(tmp_path, content, message):
     if content is not None:

@@ -37,7 +37,9 @@ def test_equals_the_books_loop(model, use_cache, new):
     assert len({tuple(row[-new:]) for row in expected}) > 1 or new == 0
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 2.0, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 2.0, "top_p": 0.9}]
+)
 def test_sampling_is_seeded_and_the_cache_changes_nothing(model, options):
     def run(seed, **more):
         return generate(model, PROMPTS, 30, generator=torch.Generator().manual_seed(seed), **options, **more)

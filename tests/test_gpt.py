@@ -40,10 +40,9 @@ def test_equals_transformers(config, direction):
     their_loss.backward()
     our_loss.backward()
     copy = GPTModel(config)
-    for grads, model in ((hf, hf), (ours, ours)):
-        with torch.no_grad():
-            for weight in grads.parameters():
-                weight.copy_(weight.grad)
+    with torch.no_grad():  # from here on each weight is its gradient, so that the same copying compares them
+        for weight in (*hf.parameters(), *ours.parameters()):
+            weight.copy_(weight.grad)
     copy_from_hf(hf, copy)
     for (name, their), our in zip(copy.named_parameters(), ours.parameters(), strict=True):
         assert torch.allclose(our, their, atol=1e-5), name

@@ -16,7 +16,9 @@ def test_equals_f_linear(dtype, shape, bias, grad):
     with torch.set_grad_enabled(grad):
         ours, theirs = linear(x, weight, b), F.linear(x, weight, b)
     assert ours.shape == theirs.shape and ours.dtype == dtype
-    assert torch.allclose(ours, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-1 if dtype == torch.bfloat16 else 1e-5)
+    assert torch.allclose(
+        ours, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-1 if dtype == torch.bfloat16 else 1e-5
+    )
 
 
 def test_module_is_an_nn_linear():
@@ -24,3 +26,8 @@ def test_module_is_an_nn_linear():
     assert isinstance(layer, torch.nn.Linear)
     x = torch.randn(2, 4)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_wrong_shapes_are_errors():
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        linear(torch.zeros(2, 8).bfloat16(), torch.zeros(4, 16).bfloat16())

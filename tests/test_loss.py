@@ -6,7 +6,15 @@ import torch.nn.functional as F
 import llm_shared.loss
 from llm_shared.data import create_dataloader
 from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.loss import IGNORED, HeadCrossEntropy, autocast, bits_per_byte, evaluate, next_token_loss, unigram_entropy
+from llm_shared.loss import (
+    IGNORED,
+    HeadCrossEntropy,
+    autocast,
+    bits_per_byte,
+    evaluate,
+    next_token_loss,
+    unigram_entropy,
+)
 
 CONFIG = GPTConfig(vocab_size=50, context_length=8, n_embd=16, n_head=2, n_layer=1, dropout=0.1)
 

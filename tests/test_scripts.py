@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -46,6 +48,18 @@ def test_train_resume_and_generate_on_vietnamese(script, vietnamese, tmp_path):
     assert first.stdout == again.stdout != script(*write, "--seed", 7).stdout
     assert script(*write, "--prompt", "").returncode == 0
     one_line(script(*write, "--top-k", 0), "top_k at least 1")
+
+
+def test_training_gets_well_under_the_unigram_entropy(script_here, moby_dick, tmp_path):
+    """The main job in small: less text, fewer tokens, fewer steps."""
+    (tmp_path / "book.txt").write_text(moby_dick[:300_000], encoding="utf-8")
+    BPETokenizer.train(moby_dick[:300_000], 1000).save(tmp_path / "book.bpe")
+    paths = ["--data", tmp_path / "book.txt", "--tokenizer", tmp_path / "book.bpe", "--out", tmp_path / "out"]
+    done = script_here(TRAIN, *paths, *"--context-length 64 --batch-size 8 --steps 120 --dtype float32".split())
+    assert done.returncode == 0, done.stderr
+    loss = float(re.search(r"validation loss ([\d.]+) nats", done.stdout)[1])
+    entropy = float(re.search(r"at best ([\d.]+) nats", done.stdout)[1])
+    assert 2 < loss < entropy - 0.4
 
 
 def test_gpt_script(script):

@@ -5,10 +5,9 @@ from itertools import chain
 
 import pytest
 import regex
-import tiktoken
-from samples import MIXED_TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import MIXED_TEXT
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from llm_shared.resources import fetch

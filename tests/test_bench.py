@@ -1,0 +1,19 @@
+"""The tables of the benchmarks say what their results say."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+BENCH = ROOT / "tests" / "bench"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.en.md"])
+def test_tables_are_those_of_the_results(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import report
+
+    text = (BENCH / name).read_text(encoding="utf-8")
+    assert report.with_tables(text) == text
+    assert "ours / fastest peer" in text
+    sys.modules.pop("report")
