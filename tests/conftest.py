@@ -1,16 +1,10 @@
-import os
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from samples import ROOT
 
-os.environ["LLM_OFFLINE"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TQDM_DISABLE"] = "1"
-
-ROOT = Path(__file__).parent.parent
 collect_ignore = ["bench"]  # benchmarks measure; they do not test
 
 

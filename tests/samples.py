@@ -1,4 +1,8 @@
-"""Texts that tests share."""
+"""What tests share: where the repository is, and a text with everything in it."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
 
 MIXED_TEXT = (
     "Hello, world! It's 3:30pm and they'll say we're done.\n\n  def f(x):\n\treturn x**2  # ½ ² Ⅷ ٣\r\n"

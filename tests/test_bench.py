@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from conftest import ROOT
+from samples import ROOT
 
 BENCH = ROOT / "tests" / "bench"
 

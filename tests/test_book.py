@@ -1,19 +1,60 @@
-"""The promises of the book, and the state of its shelves."""
+"""The three promises of the book, and what keeps the package small."""
 
 import ast
 import re
 import subprocess
 import sys
-import unicodedata
 
 import pytest
-from conftest import ROOT
+from promises import (
+    MAIN_NOTEBOOKS,
+    first_written_by_the_reader,
+    notebook_definitions,
+    one_name_one_meaning,
+    package_definitions,
+)
+from samples import ROOT
 
 import llm_shared
 
 PACKAGE = ROOT / "llm_shared"
 ORDER = ["setup", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "appendix-D", "appendix-E"]
-READMES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(path.parts))
+
+
+NOTEBOOKS = sorted(p.relative_to(ROOT) for p in ROOT.glob("*[0-9A-Z]/*/*.ipynb") if not p.name.endswith(".en.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def package():
+    return package_definitions()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=str)
+def test_a_shared_name_means_one_thing(package, path):
+    assert one_name_one_meaning(notebook_definitions(ROOT / path), package) == []
+
+
+@pytest.mark.parametrize("module", [name for name, chapter in llm_shared.CHAPTERS.items() if chapter != "setup"])
+def test_everything_shared_was_first_written_by_the_reader(package, module):
+    path = ROOT / MAIN_NOTEBOOKS[llm_shared.CHAPTERS[module]]
+    if not path.exists():
+        pytest.skip(f"{path.name} is being written")
+    assert first_written_by_the_reader(notebook_definitions(path), package[module]) == []
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if str(path) in MAIN_NOTEBOOKS.values()], ids=str)
+def test_the_promises_can_be_broken(package, path):
+    """Change, then remove, each shared definition in the notebook alone: the promises notice every time."""
+    notebook = notebook_definitions(ROOT / path)
+    shared = {name for module in package.values() for name in module} & set(notebook)
+    assert shared
+    for name in shared:
+        for changed in (notebook[name] + "  # one comment more", notebook[name].replace("return", "return not", 1)):
+            if changed != notebook[name]:
+                assert one_name_one_meaning(notebook | {name: changed}, package) == [name]
+        module = next(module for module in package.values() if name in module)
+        missing = first_written_by_the_reader({n: code for n, code in notebook.items() if n != name}, module)
+        assert name in missing
 
 
 def imports(module):
@@ -68,52 +109,6 @@ def test_importing_costs_little_over_torch():
     heavy = "import sys, {}; print([m for m in ('matplotlib', 'pandas', 'transformers', 'tiktoken', 'pooch') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", heavy.format(modules)], capture_output=True, check=True, text=True)
     assert found.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(path):
-    text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text):
-        if not target.startswith(("http://", "https://", "mailto:")):
-            assert (path.parent / target).exists(), target
-    assert not re.search(r"!\[[^\]]*\]\(https?:", text), "a picture from a web address"
-    assert unicodedata.is_normalized("NFC", text)
-
-
-def test_readmes_come_in_pairs():
-    vi, en = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.en.md"))
-
-    def skeleton(text):
-        commands = re.findall(r"^(?:python3|py) -m venv .*$", text, flags=re.M)
-        return re.findall(r"^#+ ", text, flags=re.M), commands, re.findall(r"^\| .* \| .*`(.+?)`", text, flags=re.M)
-
-    assert skeleton(vi) == skeleton(en)
-    assert len(skeleton(vi)[1]) == 4
-
-
-def test_contents_are_marked_honestly():
-    """A row of the table of contents is a link if, and only if, it is there."""
-    for row in re.findall(r"^\| .* \| (.*) \| .*$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M):
-        if path := re.search(r"`((?:setup|ch0|appendix).+?)`", row):
-            assert (ROOT / path[1]).exists() == row.startswith("["), path[1]
-
-
-def banned_words():
-    glossary = (ROOT / "GLOSSARY.md").read_text(encoding="utf-8")
-    for row in re.findall(r"^\| .*$", glossary, flags=re.M):
-        yield from re.findall(r"\*\*(.+?)\*\*", row.split("|")[3])
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in READMES if not p.name.endswith(".en.md") and p.name != "GLOSSARY.md"], ids=str
-)
-def test_prose_follows_the_glossary(path):
-    text = path.read_text(encoding="utf-8").lower()
-    prose = re.sub(r"```.*?```|`[^`]*`", " ", text, flags=re.S)
-    words = list(banned_words())
-    assert len(words) > 70
-    found = [word for word in words if re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", prose)]
-    assert not found
 
 
 def test_scripts_are_callers():

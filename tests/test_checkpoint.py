@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from samples import ROOT
 
 from llm_shared.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint, save_model
 from llm_shared.gpt import GPTConfig, GPTModel

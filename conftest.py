@@ -1,0 +1,5 @@
+import os
+
+os.environ["LLM_OFFLINE"] = "1"  # also in the notebooks' kernels
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
