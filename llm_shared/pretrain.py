@@ -13,7 +13,7 @@ from llm_shared.data import create_dataloader, load_tokens, write_tokens
 from llm_shared.generate import generate
 from llm_shared.gpt import CONFIGS, GPTModel
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
-from llm_shared.loss import bits_per_byte, evaluate, next_token_loss, unigram_entropy
+from llm_shared.loss import bits_per_byte, next_token_loss, unigram_entropy
 from llm_shared.resources import fetch, replacing
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
@@ -102,12 +102,10 @@ def pretrain(settings, out, schedule=None, device="auto", resume=False):
     )  # fmt: skip
     plot_losses(history, unigram_entropy(tokens), out / "loss.png")
 
-    val_loss = evaluate(model, val_loader, dtype=dtype)
+    val_loss = history[-1]["val_loss"]
     n_bytes = len(tokenizer.decode_bytes(tokens[n_train:].tolist()))
-    bits = bits_per_byte(val_loss, len(tokens) - n_train, n_bytes)
-    print(
-        f"\nvalidation loss {val_loss:.3f} nats per token, perplexity {math.exp(val_loss):.1f}, {bits:.3f} bits per byte"
-    )
+    bits, perplexity = bits_per_byte(val_loss, len(tokens) - n_train, n_bytes), math.exp(val_loss)
+    print(f"\nvalidation loss {val_loss:.3f} nats per token, perplexity {perplexity:.1f}, {bits:.3f} bits per byte")
     print(f"to compare: without any context, at best {unigram_entropy(tokens):.3f} nats per token (unigram entropy)")
     print(f"\n{write_sample(model, tokenizer, prompt, 80, settings.seed)}\n")
     print(f"checkpoint {newest_checkpoint(out)}, loss curve {out / 'loss.png'}")
