@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+BFLOAT16_UNITS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # of torch.cpu, where this version has them
+
 
 def pick_device(name="auto"):
     """Return the torch.device called name; auto is cuda, else mps, else cpu. One that is missing is a ValueError."""
@@ -22,7 +24,7 @@ def pick_dtype(name, device):
     """Return torch.float32 or torch.bfloat16; auto is bfloat16 where the device computes it natively."""
     native = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": torch.cpu._is_amx_tile_supported,
+        "cpu": lambda: any(getattr(torch.cpu, name, bool)() for name in BFLOAT16_UNITS),
     }
     if name == "auto":
         return torch.bfloat16 if native.get(device.type, lambda: False)() else torch.float32

@@ -28,7 +28,10 @@ def test_pick_dtype(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert pick_dtype("auto", CPU) == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     assert pick_dtype("auto", CPU) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert pick_dtype("auto", CPU) == torch.bfloat16
     assert pick_dtype("auto", torch.device("mps")) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16

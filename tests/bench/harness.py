@@ -74,7 +74,8 @@ def record(kind, title, times, limit=None):
     """
     path = RESULTS / f"{kind}.json"
     races = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    command = " ".join(["python", f"tests/bench/{Path(sys.argv[0]).name}", *map(shlex.quote, sys.argv[1:])])
+    arguments = [Path(word).name if Path(word).is_file() else shlex.quote(word) for word in sys.argv[1:]]
+    command = " ".join(["python", f"tests/bench/{Path(sys.argv[0]).name}", *arguments])
     machine = (
         f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
     )
