@@ -31,3 +31,26 @@ def test_module_is_an_nn_linear():
 def test_wrong_shapes_are_errors():
     with torch.no_grad(), pytest.raises(RuntimeError):
         linear(torch.zeros(2, 8).bfloat16(), torch.zeros(4, 16).bfloat16())
+
+
+def test_few_rows_are_turned_round(monkeypatch):
+    """F.linear is left to gradients, to many rows, and to fewer than five float32 rows."""
+    calls = []
+    monkeypatch.setattr(F, "linear", lambda *args: calls.append(args) or args[0] @ args[1].T)
+    weight = torch.randn(3, 8)
+
+    def leaves_it(rows, dtype):
+        calls.clear()
+        linear(torch.randn(rows, 8).to(dtype), weight.to(dtype))
+        return bool(calls)
+
+    with torch.no_grad():
+        assert [leaves_it(rows, torch.bfloat16) for rows in (1, 2, FEW_ROWS, FEW_ROWS + 1)] == [False] * 3 + [True]
+        assert [leaves_it(rows, torch.float32) for rows in (1, 4, 5, FEW_ROWS, FEW_ROWS + 1)] == [
+            True,
+            True,
+            False,
+            False,
+            True,
+        ]
+    assert leaves_it(1, torch.bfloat16)
