@@ -3,6 +3,7 @@
 import ast
 import json
 import subprocess
+import sys
 
 from samples import ROOT
 
@@ -29,7 +30,7 @@ def docstring_lines(tree):
 def definitions(source):
     """Return {name: code} of the public top-level functions and classes: formatted, without docstrings and blank lines."""
     formatted = subprocess.run(
-        ["ruff", "format", "--line-length", "120", "-"], input=source, capture_output=True, text=True, encoding="utf-8", check=True
+        [sys.executable, "-m", "ruff", "format", "--line-length", "120", "-"], input=source, capture_output=True, text=True, encoding="utf-8", check=True
     ).stdout  # fmt: skip
     tree, lines = ast.parse(formatted), formatted.splitlines()
     skipped = docstring_lines(tree)
