@@ -100,13 +100,14 @@ def pretrain(settings, out, schedule=None, device="auto", resume=False):
         model, optimizer, loader, val_loader, settings.steps, loss_fn=loss_fn, schedule=schedule, clip=settings.clip,
         accumulate=settings.accumulate, dtype=dtype, eval_every=settings.eval_every, history=history, on_eval=on_eval,
     )  # fmt: skip
-    plot_losses(history, unigram_entropy(tokens), out / "loss.png")
+    entropy = unigram_entropy(tokens)
+    plot_losses(history, entropy, out / "loss.png")
 
     val_loss = history[-1]["val_loss"]
     n_bytes = len(tokenizer.decode_bytes(tokens[n_train:].tolist()))
     bits, perplexity = bits_per_byte(val_loss, len(tokens) - n_train, n_bytes), math.exp(val_loss)
     print(f"\nvalidation loss {val_loss:.3f} nats per token, perplexity {perplexity:.1f}, {bits:.3f} bits per byte")
-    print(f"to compare: without any context, at best {unigram_entropy(tokens):.3f} nats per token (unigram entropy)")
+    print(f"to compare: without any context, at best {entropy:.3f} nats per token (unigram entropy)")
     print(f"\n{write_sample(model, tokenizer, prompt, 80, settings.seed)}\n")
     print(f"checkpoint {newest_checkpoint(out)}, loss curve {out / 'loss.png'}")
 

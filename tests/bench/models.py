@@ -118,10 +118,3 @@ def generate_litgpt(size, dtype, rows):
     if rows == 1:
         return lambda: list(generate_fn(model, ids[0], total, temperature=0.0, top_k=1, **common))
     return lambda: list(batched_generate_fn(model, ids, total, sample_args={"temperature": 0.0, "top_k": 1}, **common))
-
-
-def generate_rasbt(size, dtype, rows):
-    from llms_from_scratch.ch04 import GPTModelFast, generate_text_simple
-
-    model, ids = GPTModelFast(rasbt_config(size)).to(dtype).eval(), prompts(rows)
-    return lambda: generate_text_simple(model, ids, NEW_TOKENS, 1024)
