@@ -14,5 +14,6 @@ CHAPTERS = {
     "training": "ch05",
     "checkpoint": "ch05",
     "pretrain": "ch05",
+    "weights": "ch05",
     "schedule": "appendix-D",
 }

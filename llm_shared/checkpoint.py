@@ -23,10 +23,25 @@ def save_model(folder, model, tokenizer):
         tokenizer.save(folder / "tokenizer.bpe")
 
 
+def build_model(config, weights, source):
+    """Return a GPTModel whose weights are the given tensors themselves; weights: {name: tensor}.
+
+    Weights that do not fit the configuration are a ValueError that names source and them; nothing is loaded in part.
+    """
+    with torch.device("meta"):
+        model = GPTModel(config)
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    wrong = sorted(name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name))
+    if wrong:
+        raise ValueError(f"{source}: the weights do not fit the model: {', '.join(wrong[:3])} and {len(wrong)} in all")
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
 def load_model(folder, device="cpu", dtype=torch.float32):
     """Return (model, tokenizer) from a folder that `save_model` wrote, or from the newest checkpoint in it.
 
-    Weights that do not fit the configuration are a ValueError that names them; nothing is loaded in part.
+    A folder that holds none, a damaged one or one of another shape is a ValueError.
     """
     folder = newest_checkpoint(folder) or Path(folder)
     if not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
@@ -36,15 +51,7 @@ def load_model(folder, device="cpu", dtype=torch.float32):
         weights = load_file(folder / "model.safetensors", device=str(device))
     except (SafetensorError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} is damaged or not a checkpoint of this project: {error}") from None
-    with torch.device("meta"):
-        model = GPTModel(config)
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    wrong = sorted(name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name))
-    if wrong:
-        raise ValueError(
-            f"{folder}: the weights do not fit config.json: {', '.join(wrong[:3])} and {len(wrong)} in all"
-        )
-    model.load_state_dict(weights, assign=True)
+    model = build_model(config, weights, folder)
     bpe = folder / "tokenizer.bpe"
     return model.to(dtype), BPETokenizer.load(bpe) if bpe.is_file() else gpt2_tokenizer()
 

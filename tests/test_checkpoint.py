@@ -93,7 +93,7 @@ def test_damaged_checkpoints_are_refused(run_state):
         (folder / "model.safetensors").write_bytes(whole[folder / "model.safetensors"][:size])
         refuse("damaged")
     (folder / "config.json").write_text(json.dumps({**CONFIG.__dict__, "n_embd": 18}))
-    refuse("do not fit config.json: blocks.0")
+    refuse("do not fit the model: blocks.0")
     (folder / "config.json").write_text(json.dumps({**CONFIG.__dict__, "n_layer": 3}))
     refuse("do not fit")
     (folder / "config.json").write_text("{}x")

@@ -4,15 +4,15 @@ import argparse
 
 import torch
 
-from llm_shared.checkpoint import load_model
 from llm_shared.cli import run
 from llm_shared.generate import stream, stream_text
 from llm_shared.hardware import pick_device, pick_dtype
+from llm_shared.weights import open_model
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", default="runs/pretrain", help="folder of a run, or of one checkpoint")
+    parser.add_argument("--checkpoint", default="runs/pretrain", help="folder of a run, or a pretrained model: mini, …")
     parser.add_argument("--prompt", default="The whale", help="text to continue; empty: from <|endoftext|>")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to write at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
@@ -27,7 +27,7 @@ def parse_args():
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    model, tokenizer = load_model(args.checkpoint, device, pick_dtype(args.dtype, device))
+    model, tokenizer = open_model(args.checkpoint, device, pick_dtype(args.dtype, device))
     steps = stream(
         model,
         [tokenizer.encode_ordinary(args.prompt)],

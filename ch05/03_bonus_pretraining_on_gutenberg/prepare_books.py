@@ -1,0 +1,55 @@
+"""Turn a folder of books (.txt, .txt.gz) into one text to pretrain on; the end of each book is kept for validation."""
+
+import argparse
+import gzip
+import re
+from pathlib import Path
+
+from llm_shared.cli import run
+from llm_shared.resources import replacing
+
+HELD_OUT = 0.02  # share of each book, at its end
+END = "<|endoftext|>"
+
+
+def read_book(path):
+    """Return the text of a book without Project Gutenberg's notices, each paragraph on one line, a blank line between."""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is not UTF-8 text, or a damaged archive: {error}") from None
+    text = re.sub(r"(?s)\A.*?\*\*\* ?START OF TH[^\n]*\*\*\*", "", text)
+    text = re.sub(r"(?s)\*\*\* ?END OF TH[^\n]*\*\*\*.*\Z", "", text)
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return "\n\n".join(filter(None, paragraphs))
+
+
+def split_book(text):
+    """Return (beginning, end) of a book, cut at a paragraph, about HELD_OUT of it in the end."""
+    cut = text.rfind("\n\n", 0, int(len(text) * (1 - HELD_OUT)))
+    return (text[:cut], text[cut:].strip()) if cut > 0 else (text, "")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--books", type=Path, default=Path(__file__).parent / "books", help="folder of books")
+    parser.add_argument("--out", type=Path, default=Path("runs/books"), help="folder for books.txt and held-out.txt")
+    args = parser.parse_args()
+    paths = sorted([*args.books.rglob("*.txt"), *args.books.rglob("*.txt.gz")])
+    if not paths:
+        raise ValueError(f"{args.books} holds no .txt or .txt.gz file")
+    beginnings, ends = zip(*(split_book(read_book(path)) for path in paths), strict=True)
+    held_out = END.join([*filter(None, ends), ""])
+    for name, text in (("books.txt", END.join([*beginnings, held_out])), ("held-out.txt", held_out)):
+        with replacing(args.out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    share = len(held_out) / sum(map(len, beginnings + ends))
+    print(
+        f"{len(paths)} books → {args.out / 'books.txt'}; its last {share:.2%} are also in {args.out / 'held-out.txt'}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

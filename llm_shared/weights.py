@@ -1,0 +1,60 @@
+"""ch05 · Pretrained weights into a GPTModel: this project's own mini, or OpenAI's GPT-2."""
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from llm_shared.checkpoint import build_model, load_model
+from llm_shared.gpt import CONFIGS
+from llm_shared.resources import fetch
+from llm_shared.tokenizer import gpt2_tokenizer
+
+GPT2_NAMES = {  # a piece of OpenAI's name: the same piece of ours
+    "wte.": "tok_emb.", "wpe.": "pos_emb.", "h.": "blocks.", "attn.c_attn.": "attn.qkv.", "attn.c_proj.": "attn.out_proj.",
+    "mlp.c_fc.": "ffn.up.", "mlp.c_proj.": "ffn.down.",
+}  # fmt: skip
+
+
+def unpack_int8(weights):
+    """Return weights with each int8 matrix (rows, columns) times its scale (rows, 1); the others as they are."""
+    scales = {name: scale for name, scale in weights.items() if name.endswith(".scale")}
+    unpacked = {name: weight for name, weight in weights.items() if name not in scales}
+    for name, scale in scales.items():
+        name = name.removesuffix(".scale")
+        unpacked[name] = unpacked[name] * scale
+    return unpacked
+
+
+def from_gpt2(weights):
+    """Return OpenAI's GPT-2 weights under our names: theirs hold matrices as (d_in, d_out), and causal masks besides."""
+    ours = {}
+    for name, weight in weights.items():
+        name = name.removeprefix("transformer.")  # transformers writes one
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        transposed = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        for theirs, our in GPT2_NAMES.items():
+            name = name.replace(theirs, our)
+        ours[name] = weight.T.contiguous() if transposed else weight
+    return ours
+
+
+def load_pretrained(name, device="cpu", dtype=torch.float32):
+    """Return the pretrained GPTModel called name, in CONFIGS: "mini" comes with the package, GPT-2 is downloaded once.
+
+    A file that is damaged or does not fit is a ValueError.
+    """
+    path = fetch(f"{name}/model.safetensors")
+    try:
+        weights = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it and run again") from None
+    weights = unpack_int8(weights) if name == "mini" else from_gpt2(weights)
+    return build_model(CONFIGS[name], weights, path).to(dtype)
+
+
+def open_model(source, device="cpu", dtype=torch.float32):
+    """Return (model, tokenizer): a pretrained model by its name in CONFIGS, or what `load_model` finds in a folder."""
+    if source in CONFIGS:
+        return load_pretrained(source, device, dtype), gpt2_tokenizer()
+    return load_model(source, device, dtype)

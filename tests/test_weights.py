@@ -1,0 +1,142 @@
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from parity import hf_model
+from safetensors.torch import load_file, save_file
+from samples import ROOT
+
+from llm_shared import weights
+from llm_shared.gpt import CONFIGS, GPTConfig
+from llm_shared.resources import fetch
+from llm_shared.weights import load_pretrained, unpack_int8
+
+BOOKS = ROOT / "ch05/03_bonus_pretraining_on_gutenberg"
+SMALL = GPTConfig(vocab_size=97, context_length=16, n_embd=24, n_head=3, n_layer=2)
+
+
+def script(name):
+    """The module in the books' folder, imported."""
+    spec = importlib.util.spec_from_file_location(name, BOOKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def gpt2_file(tmp_path, monkeypatch):
+    """A small GPT-2 as transformers writes it, under a name of its own."""
+    torch.manual_seed(0)
+    hf = hf_model(SMALL)
+    hf.save_pretrained(tmp_path)
+    monkeypatch.setitem(CONFIGS, "small", SMALL)
+    monkeypatch.setattr(weights, "fetch", lambda name: tmp_path / name.removeprefix("small/"))
+    return hf, tmp_path / "model.safetensors"
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_gpt2_equals_transformers(gpt2_file, prefix):
+    hf, path = gpt2_file
+    if not prefix:  # as OpenAI's file on the hub has it, causal masks included
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+        save_file(tensors, path)
+    ids = torch.randint(97, (3, 16))
+    with torch.no_grad():
+        assert torch.allclose(load_pretrained("small")(ids), hf(ids).logits, atol=1e-5)
+
+
+def drop(tensors):
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+
+
+def add(tensors):
+    tensors["transformer.h.2.ln_1.weight"] = torch.ones(24)
+
+
+def cut(tensors):
+    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:8]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [(drop, "blocks.1.ffn.up.weight"), (add, "blocks.2.ln_1.weight"), (cut, "pos_emb.weight")]
+)
+def test_what_does_not_fit_is_refused_by_name(gpt2_file, change, named):
+    rewrite(gpt2_file[1], change)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        load_pretrained("small")
+
+
+def test_a_file_cut_short_is_refused(gpt2_file):
+    path = gpt2_file[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_pretrained("small")
+
+
+def test_int8_rows_come_back_within_half_a_step():
+    torch.manual_seed(0)
+    weight = torch.randn(50, 32) * torch.logspace(-4, 2, 50)[:, None]
+    weight[7] = 0
+    packed, scale = script("pack_mini").pack_int8(weight)
+    back = unpack_int8({"w": packed, "w.scale": scale, "b": weight[0]})
+    assert set(back) == {"w", "b"} and torch.equal(back["b"], weight[0])
+    assert ((back["w"] - weight).abs() <= 0.5001 * scale).all()
+
+
+def test_mini_is_small_and_not_random():
+    assert fetch("mini/model.safetensors").stat().st_size <= 25_000_000
+    model = load_pretrained("mini", dtype=torch.bfloat16)
+    assert model.config == CONFIGS["mini"] and model.tok_emb.weight.dtype == torch.bfloat16
+
+
+def test_the_datasheets_perplexity_is_reproduced(tmp_path):
+    prepare = [sys.executable, BOOKS / "prepare_books.py", "--out", tmp_path]
+    subprocess.run(prepare, check=True, capture_output=True)
+    stated = float(re.search(r"perplexity \*\*([\d.]+)\*\*", (BOOKS / "README.en.md").read_text(encoding="utf-8"))[1])
+    measure = script("evaluate_mini").measure
+    found = math.exp(measure(load_pretrained("mini"), tmp_path / "held-out.txt")[0])
+    assert found == pytest.approx(stated, rel=0.01)
+
+
+def test_books_are_cleaned_and_split(tmp_path):
+    prepare = script("prepare_books")
+    book = tmp_path / "a.txt"
+    body = "\n\n".join(f"Paragraph {i}\nof a  book." for i in range(200))
+    book.write_text(
+        f"licence\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\n{body}\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\nmore",
+        encoding="utf-8",
+    )
+    text = prepare.read_book(book)
+    assert text.startswith("Paragraph 0 of a book.\n\nParagraph 1") and text.endswith("Paragraph 199 of a book.")
+    beginning, end = prepare.split_book(text)
+    assert beginning + "\n\n" + end == text and 0.01 < len(end) / len(text) < 0.04
+    book.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+        prepare.read_book(book)
+
+
+def test_no_books_is_said(tmp_path):
+    command = [sys.executable, BOOKS / "prepare_books.py", "--books", tmp_path, "--out", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "holds no .txt" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_the_table_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(BOOKS)
+    compare = script("compare_with_random")
+    found = json.loads((BOOKS / "results.json").read_text(encoding="utf-8"))
+    for language, name in enumerate(("README.en.md", "README.md")):
+        text = (BOOKS / name).read_text(encoding="utf-8")
+        assert compare.with_table(text, found, language) == text
