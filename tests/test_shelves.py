@@ -7,7 +7,12 @@ import unicodedata
 import pytest
 from samples import ROOT
 
-READMES = sorted(path for path in ROOT.rglob("*.md") if "/." not in path.relative_to(ROOT.parent).as_posix())
+MADE = {"build", "runs"}  # folders that a command leaves behind
+READMES = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith(".") or part in MADE for part in path.relative_to(ROOT).parts)
+)
 NOTEBOOKS = sorted(path for path in ROOT.glob("*[0-9A-Z]/*/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 VIETNAMESE = [path for path in READMES + NOTEBOOKS if ".en." not in path.name and path.name != "GLOSSARY.md"]
 
