@@ -26,20 +26,18 @@ from llm_shared.weights import load_pretrained
 HERE = Path(__file__).parent
 HELD_OUT = Path("runs/books/held-out.txt")
 SEEDS, STEPS, BATCH, LENGTH, LR = 3, 100, 16, 64, 5e-4
-DTYPE = pick_dtype("auto", torch.device("cpu"))
 START, END = "<!-- results -->", "<!-- end of results -->"
-
-tokenizer = gpt2_tokenizer()
 
 
 def padded(ids):
     """Return the first LENGTH ids, filled up with <|endoftext|>, and how many of them are real."""
     ids = ids[:LENGTH]
-    return torch.tensor(ids + [tokenizer.eot_token] * (LENGTH - len(ids))), len(ids)
+    return torch.tensor(ids + [gpt2_tokenizer().eot_token] * (LENGTH - len(ids))), len(ids)
 
 
 def spam_data(seed):
     """Return balanced (train, test) lists of (ids, last real position, label) from the SMS messages, without repeats."""
+    tokenizer = gpt2_tokenizer()
     messages = pd.read_csv(fetch("sms-spam.csv")).drop_duplicates("text")
     spam = messages[messages.spam == 1]
     ham = messages[messages.spam == 0].sample(len(spam), random_state=seed)
@@ -57,9 +55,9 @@ def instruction_data(seed):
 
     Only the answer and the <|endoftext|> after it count in the loss.
     """
-    rng = random.Random(seed)
+    rng, tokenizer = random.Random(seed), gpt2_tokenizer()
     sentences = [s.strip() for s in HELD_OUT.read_text(encoding="utf-8").replace("\n", " ").split(". ")]
-    sentences = [s for s in sentences if 4 <= len(s.split()) <= 14]
+    sentences = [s for s in dict.fromkeys(sentences) if 4 <= len(s.split()) <= 14]  # none twice
     rng.shuffle(sentences)
     tasks = {
         "Give the first word of the sentence.": lambda s: s.split()[0],
@@ -100,8 +98,8 @@ def spam_loss(model, ids, last, labels):
 def fine_tune(model, items, test, loss_fn, seed):
     """Train for STEPS steps; return the mean loss over test."""
     loader = DataLoader(items, BATCH, sampler=EpochOrder(len(items), True, seed))
-    optimizer = make_optimizer(model, LR)
-    return train(model, optimizer, loader, DataLoader(test, 32), STEPS, loss_fn=loss_fn, dtype=DTYPE, eval_every=STEPS)[
+    optimizer, dtype = make_optimizer(model, LR), pick_dtype("auto", torch.device("cpu"))
+    return train(model, optimizer, loader, DataLoader(test, 32), STEPS, loss_fn=loss_fn, dtype=dtype, eval_every=STEPS)[
         -1
     ]["val_loss"]
 

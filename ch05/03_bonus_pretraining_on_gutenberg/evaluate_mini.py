@@ -2,11 +2,13 @@
 
 import argparse
 import math
-import tempfile
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from llm_shared.cli import run
-from llm_shared.data import create_dataloader, load_tokens, write_tokens
+from llm_shared.data import create_dataloader, read_blocks
 from llm_shared.gpt import CONFIGS, GPTModel
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.loss import bits_per_byte, evaluate
@@ -17,8 +19,8 @@ from llm_shared.weights import open_model
 def measure(model, text_path):
     """Return (loss in nats per token, bits per byte, number of tokens) of a text, in windows of 256 tokens without overlap."""
     tokenizer = gpt2_tokenizer()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        tokens = load_tokens(write_tokens(text_path, Path(folder) / "tokens", tokenizer)).copy()
+    blocks = (tokenizer.encode(block, allowed_special="all") for block in read_blocks(text_path))
+    tokens = np.fromiter(chain.from_iterable(blocks), np.int64)
     loader = create_dataloader(tokens, batch_size=8, context_length=256, stride=256, shuffle=False)
     device = model.tok_emb.weight.device
     loss = evaluate(model, loader, dtype=pick_dtype("auto", device))

@@ -40,14 +40,18 @@ def main():
     paths = sorted([*args.books.rglob("*.txt"), *args.books.rglob("*.txt.gz")])
     if not paths:
         raise ValueError(f"{args.books} holds no .txt or .txt.gz file")
-    beginnings, ends = zip(*(split_book(read_book(path)) for path in paths), strict=True)
-    held_out = END.join([*filter(None, ends), ""])
-    for name, text in (("books.txt", END.join([*beginnings, held_out])), ("held-out.txt", held_out)):
-        with replacing(args.out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    share = len(held_out) / sum(map(len, beginnings + ends))
+    ends, n = [], 0
+    with replacing(args.out / "books.txt") as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for path in paths:  # one book in memory at a time, and the ends
+            beginning, end = split_book(read_book(path))
+            n += file.write(beginning + END)
+            ends.append(end)
+        held_out = END.join([*filter(None, ends), ""])
+        n += file.write(held_out)
+    with replacing(args.out / "held-out.txt") as temporary:
+        temporary.write_text(held_out, encoding="utf-8", newline="\n")
     print(
-        f"{len(paths)} books → {args.out / 'books.txt'}; its last {share:.2%} are also in {args.out / 'held-out.txt'}"
+        f"{len(paths)} books → {args.out / 'books.txt'}; its last {len(held_out) / n:.2%} are also in {args.out / 'held-out.txt'}"
     )
 
 
