@@ -1,6 +1,7 @@
 """The shared code of the book, one idea per file; the map below is the order in which the reader builds it."""
 
 CHAPTERS = {
+    "download": "setup",
     "resources": "setup",
     "hardware": "setup",
     "cli": "setup",
@@ -15,5 +16,8 @@ CHAPTERS = {
     "checkpoint": "ch05",
     "pretrain": "ch05",
     "weights": "ch05",
+    "hf_format": "ch05",
+    "gguf_format": "ch05",
+    "tf_format": "ch05",
     "schedule": "appendix-D",
 }

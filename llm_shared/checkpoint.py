@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.resources import replacing
@@ -17,23 +19,46 @@ from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 def save_model(folder, model, tokenizer):
     """Write model.safetensors and config.json, and tokenizer.bpe unless the tokenizer is GPT-2's."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), folder / "model.safetensors")
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
     if isinstance(tokenizer, BPETokenizer):
         tokenizer.save(folder / "tokenizer.bpe")
 
 
-def build_model(config, weights, source):
-    """Return a GPTModel whose weights are the given tensors themselves; weights: {name: tensor}.
+def read_safetensors(path, device="cpu"):
+    """Return {name: tensor} of a safetensors file; on a CPU it is mapped: its bytes are read when they are used.
+
+    A file that is damaged, or lies about its content, is a ValueError.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+class SkipInit(TorchFunctionMode):
+    """Within it no random weights are drawn: of tensors without memory there is nothing to fill."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def build_model(config, weights, source, dtype=torch.float32):
+    """Return a GPTModel whose weights are the given tensors themselves, copied only for another dtype; weights: {name: tensor}.
 
     Weights that do not fit the configuration are a ValueError that names source and them; nothing is loaded in part.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = GPTModel(config)
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     wrong = sorted(name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name))
     if wrong:
         raise ValueError(f"{source}: the weights do not fit the model: {', '.join(wrong[:3])} and {len(wrong)} in all")
+    weights = {name: weight.to(dtype, memory_format=torch.contiguous_format) for name, weight in weights.items()}
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -48,12 +73,11 @@ def load_model(folder, device="cpu", dtype=torch.float32):
         raise ValueError(f"{folder} holds no checkpoint: a folder with config.json and model.safetensors is asked for")
     try:
         config = GPTConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        weights = load_file(folder / "model.safetensors", device=str(device))
-    except (SafetensorError, TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder} is damaged or not a checkpoint of this project: {error}") from None
-    model = build_model(config, weights, folder)
+    model = build_model(config, read_safetensors(folder / "model.safetensors", device), folder, dtype)
     bpe = folder / "tokenizer.bpe"
-    return model.to(dtype), BPETokenizer.load(bpe) if bpe.is_file() else gpt2_tokenizer()
+    return model, BPETokenizer.load(bpe) if bpe.is_file() else gpt2_tokenizer()
 
 
 def newest_checkpoint(folder):

@@ -2,9 +2,13 @@
 
 import os
 import shutil
+import tarfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from llm_shared.download import download
 
 ASSETS = Path(__file__).parent / "assets"
 CACHE = Path(os.environ.get("LLM_CACHE", Path.home() / ".cache" / "llm_shared"))
@@ -17,10 +21,23 @@ class Download(NamedTuple):
     sha256: str
 
 
+HUB = "https://huggingface.co/openai-community"
 DOWNLOADS = {
     "gpt2-small (124M)/model.safetensors": Download(
-        "https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors",
+        f"{HUB}/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors",
         "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    ),
+    "gpt2-medium (355M)/model.safetensors": Download(
+        f"{HUB}/gpt2-medium/resolve/6dcaa7a952f72f9298047fd5137cd6e4f05f41da/model.safetensors",
+        "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
+    ),
+    "gpt2-large (774M)/model.safetensors": Download(
+        f"{HUB}/gpt2-large/resolve/32b71b12589c2f8d625668d2335a01cac3249519/model.safetensors",
+        "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce",
+    ),
+    "gpt2-xl (1558M)/model.safetensors": Download(
+        f"{HUB}/gpt2-xl/resolve/15ea56dee5df4983c59b2538573817e1667135e2/model.safetensors",
+        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
     ),
 }
 
@@ -28,8 +45,7 @@ DOWNLOADS = {
 def fetch(name):
     """Return the path of the file called name: bundled with the package, else cached, else downloaded and verified.
 
-    With LLM_OFFLINE=1 nothing is downloaded. A name that nobody knows is a ValueError, a failed download an
-    OSError; a file whose sha256 is not the pinned one is thrown away.
+    With LLM_OFFLINE=1 nothing is downloaded. A name that nobody knows is a ValueError, a failed download an OSError.
     """
     bundled = {
         path.relative_to(ASSETS).as_posix(): path for path in sorted(ASSETS.rglob("*.*")) if path.suffix != ".md"
@@ -38,18 +54,20 @@ def fetch(name):
         return bundled[name]
     if name not in DOWNLOADS:
         raise ValueError(f"no file is called {name!r}; there are {', '.join([*bundled, *DOWNLOADS])}")
-    url, sha256 = DOWNLOADS[name]
     path = CACHE / name
-    if not path.is_file() and os.environ.get("LLM_OFFLINE") == "1":
-        raise OSError(
-            f"{name} is not in {CACHE} and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there"
-        )
-    import pooch
-
-    try:  # into a temporary name, verified, then renamed
-        return Path(pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, progressbar=True))
-    except Exception as error:
-        raise OSError(f"could not download {name} from {url}: {error}; check the connection and run again") from error
+    if not path.is_file():
+        if os.environ.get("LLM_OFFLINE") == "1":
+            raise OSError(
+                f"{name} is not in {CACHE} and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there"
+            )
+        url, sha256 = DOWNLOADS[name]
+        try:
+            download(url, sha256, path)
+        except OSError as error:
+            raise OSError(
+                f"could not download {name} from {url}: {error}; check the connection and run again"
+            ) from None
+    return path
 
 
 @contextmanager
@@ -63,7 +81,7 @@ def replacing(path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+        for file in filter(Path.is_file, temporary.rglob("*") if temporary.is_dir() else [temporary]):
             with open(file, "rb+") as written:
                 os.fsync(written.fileno())  # on the disk before it has the name, should the power fail
         os.replace(temporary, path)
@@ -73,3 +91,24 @@ def replacing(path):
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def unpack(archive, folder):
+    """Extract a .zip or .tar archive to a folder that does not exist yet: all of it, or nothing.
+
+    An archive that is damaged, or holds a name that leads out of the folder, is a ValueError.
+    """
+    try:
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as file:
+                    for name in file.namelist():
+                        if not (temporary / name).resolve().is_relative_to(temporary.resolve()) or "\\" in name:
+                            raise ValueError(f"{name!r} leads out of the folder")
+                    file.extractall(temporary)
+            else:
+                with tarfile.open(archive) as file:
+                    file.extractall(temporary, filter="data")
+    except (ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise ValueError(f"{archive} was not unpacked: {error}") from None

@@ -1,10 +1,8 @@
 """ch05 · Pretrained weights into a GPTModel: this project's own mini, or OpenAI's GPT-2."""
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from llm_shared.checkpoint import build_model, load_model
+from llm_shared.checkpoint import build_model, load_model, read_safetensors
 from llm_shared.gpt import CONFIGS
 from llm_shared.resources import fetch
 from llm_shared.tokenizer import gpt2_tokenizer
@@ -25,32 +23,34 @@ def unpack_int8(weights):
     return unpacked
 
 
+def transposed_in_gpt2(name):
+    """Tell whether OpenAI's GPT-2 holds the weight of this name, theirs, as (d_in, d_out) instead of (d_out, d_in)."""
+    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+
+
 def from_gpt2(weights):
-    """Return OpenAI's GPT-2 weights under our names: theirs hold matrices as (d_in, d_out), and causal masks besides."""
+    """Return OpenAI's GPT-2 weights under our names, without their causal masks: the tensors themselves, some turned round."""
     ours = {}
     for name, weight in weights.items():
         name = name.removeprefix("transformer.")  # transformers writes one
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
-        transposed = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        weight = weight.T if transposed_in_gpt2(name) else weight
         for theirs, our in GPT2_NAMES.items():
             name = name.replace(theirs, our)
-        ours[name] = weight.T.contiguous() if transposed else weight
+        ours[name] = weight
     return ours
 
 
 def load_pretrained(name, device="cpu", dtype=torch.float32):
     """Return the pretrained GPTModel called name, in CONFIGS: "mini" comes with the package, GPT-2 is downloaded once.
 
-    A file that is damaged or does not fit is a ValueError.
+    On a CPU, in float32, GPT-2's weights are the mapped file itself. A file that is damaged or does not fit is a ValueError.
     """
     path = fetch(f"{name}/model.safetensors")
-    try:
-        weights = load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it and run again") from None
+    weights = read_safetensors(path, device)
     weights = unpack_int8(weights) if name == "mini" else from_gpt2(weights)
-    return build_model(CONFIGS[name], weights, path).to(dtype)
+    return build_model(CONFIGS[name], weights, path, dtype)
 
 
 def open_model(source, device="cpu", dtype=torch.float32):

@@ -16,6 +16,16 @@ MAIN_NOTEBOOKS = {
     "ch05": "ch05/01_main-chapter-code/ch05.ipynb",
     "appendix-D": "appendix-D/01_main-chapter-code/appendix-D.ipynb",
 }
+BONUS_NOTEBOOKS = {  # modules that a bonus notebook builds
+    "hf_format": "ch05/02_alternative_weight_loading/weight-loading-hf-transformers.ipynb",
+    "gguf_format": "ch05/02_alternative_weight_loading/weight-export-gguf.ipynb",
+    "tf_format": "ch05/02_alternative_weight_loading/weight-loading-tensorflow.ipynb",
+}
+
+
+def notebook_of(module):
+    """Return the path of the notebook in which the reader builds a module of the package."""
+    return BONUS_NOTEBOOKS.get(module) or MAIN_NOTEBOOKS[llm_shared.CHAPTERS[module]]
 
 
 def docstring_lines(tree):
@@ -67,5 +77,5 @@ def one_name_one_meaning(notebook, package):
 
 
 def first_written_by_the_reader(notebook, module):
-    """Promise 2: return the names of a module that its chapter's main notebook does not define."""
+    """Promise 2: return the names of a module that its notebook does not define."""
     return sorted(set(module) - set(notebook))
