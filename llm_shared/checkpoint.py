@@ -17,7 +17,12 @@ from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 
 def save_model(folder, model, tokenizer):
-    """Write model.safetensors and config.json, and tokenizer.bpe unless the tokenizer is GPT-2's."""
+    """Write model.safetensors and config.json, and tokenizer.bpe unless the tokenizer is GPT-2's.
+
+    Another tiktoken.Encoding is a ValueError: it cannot be written.
+    """
+    if not isinstance(tokenizer, BPETokenizer) and tokenizer is not gpt2_tokenizer():
+        raise ValueError("only GPT-2's own tokenizer or a BPETokenizer can be saved: make one with the same merges")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")

@@ -55,7 +55,7 @@ def receive(url, part, start):
         total = start + int(response.headers.get("Content-Length", 0)) or None
         bar = tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True)
         with bar, open(part, "ab" if start else "wb") as file:
-            for block in response.iter_content(1 << 20):
+            for block in response.iter_content(1 << 16):
                 file.write(block)
                 bar.update(len(block))
 

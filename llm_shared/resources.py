@@ -4,6 +4,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -110,5 +111,5 @@ def unpack(archive, folder):
             else:
                 with tarfile.open(archive) as file:
                     file.extractall(temporary, filter="data")
-    except (ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise ValueError(f"{archive} was not unpacked: {error}") from None

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import tiktoken
 import torch
 from safetensors.torch import load_file, save_file
 from samples import ROOT
@@ -50,6 +51,36 @@ def test_model_round_trip(tmp_path):
             .dtype
             == torch.bfloat16
         )
+
+
+def test_a_tokenizer_that_cannot_be_written_is_refused(tmp_path):
+    """Without it, the folder would open with GPT-2's tokenizer."""
+    other = tiktoken.Encoding("x", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+    with pytest.raises(ValueError, match="BPETokenizer"):
+        save_model(tmp_path / "model", GPTModel(CONFIG), other)
+    assert not (tmp_path / "model").exists()
+
+
+class Bomb:
+    """A pickle of it writes a file when it is opened."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_with_a_program_in_it_is_refused(run_state):
+    model, optimizer, out = run_state
+    save(model, optimizer, out, 5)
+    target = out / "hacked"
+    torch.save(Bomb(target), newest_checkpoint(out) / "run.pt")
+    with pytest.raises(ValueError, match=r"run\.pt is damaged") as caught:
+        load_checkpoint(out, model, optimizer, {"lr": 1})
+    assert "\n" not in str(caught.value) and not target.exists()
+    torch.load(newest_checkpoint(out) / "run.pt", weights_only=False).close()
+    assert target.exists()  # it would have worked
 
 
 def test_only_the_newest_checkpoint_stays(run_state):

@@ -1,41 +1,13 @@
 import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import io
+import re
+import tarfile
+import zipfile
 
 import pytest
 
-from llm_shared import resources
-from llm_shared.resources import ASSETS, Download, fetch, replacing
-
-CONTENT = b"weights" * 1000
-
-
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    """A local web server; it counts its visitors and can serve wrong bytes."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            web.visits += 1
-            self.send_response(200 if self.path == "/file" else 404)
-            self.send_header("Content-Length", str(len(web.content)))
-            self.end_headers()
-            self.wfile.write(web.content)
-
-        def log_message(self, *args):
-            pass
-
-    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.visits, web.content = 0, CONTENT
-    threading.Thread(target=web.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{web.server_port}"
-    sha256 = hashlib.sha256(CONTENT).hexdigest()
-    monkeypatch.setattr(resources, "CACHE", tmp_path / "cache")
-    monkeypatch.setitem(resources.DOWNLOADS, "some/file", Download(f"{url}/file", sha256))
-    monkeypatch.setitem(resources.DOWNLOADS, "some/missing", Download(f"{url}/missing", sha256))
-    monkeypatch.delenv("LLM_OFFLINE")
-    yield web
-    web.shutdown()
+from llm_shared.gpt import CONFIGS
+from llm_shared.resources import ASSETS, DOWNLOADS, fetch, replacing, unpack
 
 
 def test_bundled_files_are_those_of_the_datasheet():
@@ -49,33 +21,6 @@ def test_bundled_files_are_those_of_the_datasheet():
     for name, (size, sha256) in sheet.items():
         content = fetch(name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (size, sha256)
-
-
-def test_a_download_happens_once(web):
-    path = fetch("some/file")
-    assert path.read_bytes() == CONTENT and web.visits == 1
-    assert fetch("some/file") == path and web.visits == 1
-
-
-def test_wrong_bytes_leave_nothing(web):
-    web.content = CONTENT[:-1]
-    with pytest.raises(OSError, match="could not download some/file"):
-        fetch("some/file")
-    assert [path for path in resources.CACHE.rglob("*") if path.is_file()] == []
-    web.content = CONTENT
-    assert fetch("some/file").read_bytes() == CONTENT
-
-
-def test_a_missing_file_is_said(web):
-    with pytest.raises(OSError, match="could not download some/missing"):
-        fetch("some/missing")
-
-
-def test_offline_touches_no_network(web, monkeypatch):
-    monkeypatch.setenv("LLM_OFFLINE", "1")
-    with pytest.raises(OSError, match="LLM_OFFLINE=1 forbids"):
-        fetch("some/file")
-    assert web.visits == 0
 
 
 def test_unknown_names():
@@ -98,3 +43,62 @@ def test_replacing_is_all_or_nothing(tmp_path):
         (temporary / "part").write_text("half")
         raise RuntimeError
     assert not (tmp_path / "folder").exists()
+
+
+def test_every_size_has_its_pinned_file():
+    assert {name.partition("/")[0] for name in DOWNLOADS} == set(CONFIGS) - {"mini"}
+    for url, sha256 in DOWNLOADS.values():
+        assert re.search(r"/resolve/[0-9a-f]{40}/model\.safetensors$", url) and re.fullmatch("[0-9a-f]{64}", sha256)
+    assert len({download.sha256 for download in DOWNLOADS.values()}) == 4
+
+
+def make_archive(path, names):
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, "text")
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = 4
+                archive.addfile(member, io.BytesIO(b"text"))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["a.zip", "a.tar.gz"])
+def test_archives_are_unpacked(tmp_path, kind):
+    unpack(make_archive(tmp_path / kind, ["one.txt", "deep/two.txt"]), tmp_path / "out")
+    assert (tmp_path / "out/deep/two.txt").read_text() == "text"
+
+
+@pytest.mark.parametrize("kind", ["a.zip", "a.tar.gz"])
+@pytest.mark.parametrize("name", ["../evil.txt", "deep/../../evil.txt", "/tmp/evil.txt"])
+def test_names_that_lead_out_are_refused(tmp_path, kind, name):
+    archive = make_archive(tmp_path / kind, ["good.txt", name])
+    if kind == "a.tar.gz" and name.startswith("/"):
+        unpack(archive, tmp_path / "out")  # tar's own rule: the leading slash goes
+        assert (tmp_path / "out" / name[1:]).is_file()
+        return
+    with pytest.raises(ValueError, match="was not unpacked") as caught:
+        unpack(archive, tmp_path / "out")
+    assert "\n" not in str(caught.value) and "evil.txt" in str(caught.value)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("evil.txt"))
+
+
+def test_links_that_lead_out_are_refused(tmp_path):
+    link = tarfile.TarInfo("link")
+    link.type, link.linkname = tarfile.SYMTYPE, "../../outside"
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(link)
+    with pytest.raises(ValueError, match="was not unpacked"):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_half_an_archive_leaves_nothing(tmp_path):
+    for kind in ("a.zip", "a.tar.gz"):
+        archive = make_archive(tmp_path / kind, [f"{i}.txt" for i in range(50)])
+        archive.write_bytes(archive.read_bytes()[:-200])
+        with pytest.raises(ValueError, match="was not unpacked"):
+            unpack(archive, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

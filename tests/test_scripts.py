@@ -5,7 +5,7 @@ import torch
 
 from llm_shared.checkpoint import newest_checkpoint, save_model
 from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.tokenizer import BPETokenizer
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 TRAIN = "ch05/01_main-chapter-code/gpt_train.py"
 GENERATE = "ch05/01_main-chapter-code/gpt_generate.py"
@@ -121,7 +121,9 @@ def test_unwritable_output(script_here, vietnamese, tmp_path):
 def test_generate_from_what_is_no_checkpoint(script_here, tmp_path):
     one_line(script_here(GENERATE, "--checkpoint", tmp_path), "holds no checkpoint")
     torch.manual_seed(0)
-    save_model(tmp_path / "model", GPTModel(GPTConfig(vocab_size=50257, n_embd=8, n_head=1, n_layer=1)), None)
+    save_model(
+        tmp_path / "model", GPTModel(GPTConfig(vocab_size=50257, n_embd=8, n_head=1, n_layer=1)), gpt2_tokenizer()
+    )
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     one_line(script_here(GENERATE, "--checkpoint", tmp_path / "model"), "damaged")
