@@ -76,7 +76,7 @@ def web(monkeypatch):
     server.daemon_threads = True
     server.moods, server.starts = [], []
     server.url = f"http://127.0.0.1:{server.server_port}/file"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(module, "TIMEOUT", 1)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # no pause between tries
     yield server
