@@ -2,6 +2,7 @@ import importlib.util
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from samples import ROOT
 
 from llm_shared import weights
-from llm_shared.gpt import CONFIGS, GPTConfig
+from llm_shared.gpt import CONFIGS, GPTConfig, GPTModel
+from llm_shared.hf_format import to_gpt2
 from llm_shared.resources import fetch
+from llm_shared.training import make_optimizer
 from llm_shared.weights import load_pretrained, unpack_int8
 
 BOOKS = ROOT / "ch05/03_bonus_pretraining_on_gutenberg"
@@ -83,6 +86,91 @@ def test_a_file_cut_short_is_refused(gpt2_file):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
         load_pretrained("small")
+
+
+def test_a_lying_header_is_refused_with_one_line(gpt2_file):
+    """The eight bytes before the header give its length; the header gives each tensor's type, shape and place."""
+    path = gpt2_file[1]
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    name = "transformer.wpe.weight"
+    lies = [
+        {"shape": [16, 25]},
+        {"shape": [2**40, 2**40]},
+        {"dtype": "F16"},
+        {"dtype": "X9"},
+        {"data_offsets": [0, 2**62]},
+    ]
+    lies += [
+        {"data_offsets": [header[name]["data_offsets"][0] + 4, header[name]["data_offsets"][1] + 4]},
+        {"shape": [-1]},
+    ]
+    files = [json.dumps(header | {name: header[name] | lie}).encode() for lie in lies]
+    whole = [len(text).to_bytes(8, "little") + text + data for text in files]
+    for lie in [
+        *whole,
+        b"\xff" * 8 + content[8:],
+        (length + 10).to_bytes(8, "little") + content[8:],
+        content[:8],
+        b"",
+        b"PK",
+    ]:
+        path.write_bytes(lie)
+        with pytest.raises(ValueError, match="is damaged or no safetensors file") as caught:
+            load_pretrained("small")
+        assert "\n" not in str(caught.value)
+
+
+def test_the_file_itself_is_the_model_and_stays_as_it_is(gpt2_file):
+    """Float32 weights on a CPU are the mapped file: nothing is copied, training changes a private copy."""
+    path = gpt2_file[1]
+    before, model = path.read_bytes(), load_pretrained("small")
+    weight = model.blocks[0].ffn.up.weight
+    assert not weight.is_contiguous() and weight.T.is_contiguous()  # as the file has it
+    optimizer = make_optimizer(model, 0.1)
+    model(torch.arange(16)[None]).logsumexp(-1).sum().backward()
+    optimizer.step()
+    assert path.read_bytes() == before
+    assert not torch.equal(weight, load_pretrained("small").blocks[0].ffn.up.weight)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert all(weight.is_contiguous() for weight in load_pretrained("small", dtype=dtype).parameters())
+
+
+def test_training_the_mapped_weights_equals_training_copies(gpt2_file):
+    mapped, copied = load_pretrained("small"), GPTModel(SMALL)
+    copied.load_state_dict(mapped.state_dict())
+    loader = [(torch.randint(97, (2, 16)), torch.randint(97, (2, 16))) for _ in range(3)]
+    for model in (mapped, copied):
+        optimizer = make_optimizer(model, 1e-2)
+        for inputs, targets in loader:
+            loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in zip(mapped.parameters(), copied.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_loading_draws_no_random_numbers(gpt2_file):
+    state = torch.get_rng_state()
+    load_pretrained("small")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_loading_takes_the_models_own_memory_and_no_more(tmp_path, monkeypatch):
+    """124M in a fresh process, first token included; tests/bench/load.py measures 355M, against transformers."""
+    config = CONFIGS["gpt2-small (124M)"]
+    weights = to_gpt2({name: torch.zeros_like(weight) for name, weight in GPTModel(config).state_dict().items()})
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    monkeypatch.syspath_prepend(ROOT / "tests/bench")
+    program = runpy.run_path(str(ROOT / "tests/bench/load.py"))
+    imports, load = program["CONTENDERS"]["ours"]
+    source = program["PROGRAM"].format(imports=imports, load=load)
+    command = [sys.executable, "-c", source, tmp_path, "gpt2-small (124M)"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.95 < json.loads(result.stdout)[2] <= 1.05
 
 
 def test_int8_rows_come_back_within_half_a_step():

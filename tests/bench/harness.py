@@ -67,10 +67,10 @@ def long_read(dtype):
     return torch.inference_mode()(lambda: [matrix.mv(vector) for matrix in matrices])
 
 
-def record(kind, title, times, limit=None):
+def record(kind, title, times, limit=None, memory=None):
     """Keep the medians of a race in results/<kind>.json, with the machine and the command, and print its table.
 
-    limit: the seconds that the work would take at the peak measured in the same rounds.
+    limit: the seconds that the work would take at the peak measured in the same rounds; memory: {name: a ratio}.
     """
     path = RESULTS / f"{kind}.json"
     races = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -79,17 +79,18 @@ def record(kind, title, times, limit=None):
     machine = (
         f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
     )
-    races[title] = {"command": command, "machine": machine, "limit": limit, "seconds": times}
+    races[title] = {"command": command, "machine": machine, "limit": limit, "seconds": times, "memory": memory}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(races, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(title, **races[title]), flush=True)
 
 
-def table(title, command, machine, limit, seconds):
-    """Return a race as Markdown: from the fastest on, speed relative to ours, and the share of the machine's peak."""
-    lines = [f"**{title}**", "", "| contender | speed / ours | share of peak |", "|---|---:|---:|"]
+def table(title, command, machine, limit, seconds, memory=None):
+    """Return a race as Markdown: from the fastest on, speed relative to ours, and the share of the machine's peak or memory."""
+    last = "peak memory / weights" if memory else "share of peak"
+    lines = [f"**{title}**", "", f"| contender | speed / ours | {last} |", "|---|---:|---:|"]
     for name, time_taken in sorted(seconds.items(), key=lambda item: item[1]):
-        share = f"{limit / time_taken:.0%}" if limit else ""
+        share = f"{memory[name]:.2f}" if memory else f"{limit / time_taken:.0%}" if limit else ""
         lines.append(f"| {name} | {seconds['ours'] / time_taken:.2f} | {share} |")
     fastest = min(time_taken for name, time_taken in seconds.items() if name != "ours")
     lines += ["", f"ours / fastest peer: {fastest / seconds['ours']:.2f}× · `{command}` · {machine}", ""]
