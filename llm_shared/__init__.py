@@ -19,5 +19,7 @@ CHAPTERS = {
     "hf_format": "ch05",
     "gguf_format": "ch05",
     "tf_format": "ch05",
+    "classify": "ch06",
     "schedule": "appendix-D",
+    "lora": "appendix-E",
 }

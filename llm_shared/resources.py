@@ -40,6 +40,10 @@ DOWNLOADS = {
         f"{HUB}/gpt2-xl/resolve/15ea56dee5df4983c59b2538573817e1667135e2/model.safetensors",
         "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
     ),
+    "sms-spam-collection.zip": Download(
+        "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+        "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3",
+    ),
 }
 
 
