@@ -19,9 +19,8 @@ from llm_shared.loss import autocast
 from llm_shared.resources import fetch, replacing
 from llm_shared.training import make_optimizer, train
 
-LONGEST = (
-    1000  # characters; the longest real message has 910, longer rows are many messages glued together by a lost quote
-)
+# The longest real message has 910 characters; a longer row is many messages glued together by a lost quotation mark.
+LONGEST = 1000
 
 
 def read_messages(source="bundled"):
@@ -71,7 +70,7 @@ def encode_messages(table, tokenizer, max_length):
     return list(zip(encoded, table.label.tolist(), strict=True))
 
 
-def pad(items, pad_id=50256, width=None):
+def pad_batch(items, pad_id=50256, width=None):
     """Return (ids (B, T), lengths (B), labels (B)) of B items; shorter rows are filled up on the right with pad_id."""
     width = width or max(len(ids) for ids, _ in items)
     rows = [ids + [pad_id] * (width - len(ids)) for ids, _ in items]
@@ -81,7 +80,7 @@ def pad(items, pad_id=50256, width=None):
 def create_message_loader(items, batch_size, shuffle=True, seed=0):
     """Return a DataLoader of padded batches, each as wide as its longest message."""
     order = EpochOrder(len(items), shuffle, seed)
-    return DataLoader(items, batch_size, sampler=order, collate_fn=pad, generator=torch.Generator())
+    return DataLoader(items, batch_size, sampler=order, collate_fn=pad_batch, generator=torch.Generator())
 
 
 class GPTClassifier(nn.Module):
@@ -158,6 +157,8 @@ def finetune_classifier(
     schedule(lr, steps) makes the step → learning rate that `train` asks for; without one lr stays.
     """
     items = [encode_messages(part, tokenizer, max_length) for part in split(table, seed)]
+    if not all(items):
+        raise ValueError(f"{len(table)} messages are too few to train, validate and test on")
     loader, val_loader, test_loader = (
         create_message_loader(part, batch_size, i == 0, seed) for i, part in enumerate(items)
     )
@@ -175,7 +176,7 @@ def classify(model, tokenizer, text):
     ids, context = tokenizer.encode_ordinary(text), model.gpt.config.context_length
     if not 0 < len(ids) <= context:
         raise ValueError(f"the message has {len(ids)} tokens; from 1 to {context} can be read: shorten it")
-    return predict(model, [pad([(ids, 0)])])[0][0].tolist()
+    return predict(model, [pad_batch([(ids, 0)])])[0][0].tolist()
 
 
 def save_classifier(path, model):

@@ -71,7 +71,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
 
         seen_loss, seen_count = seen_loss + step_loss * count, seen_count + count
-        speed = f"{count / (time.perf_counter() - started):,.0f} tok/s"
+        speed = f"{count / (time.perf_counter() - started):,.0f} targets/s"
         progress.set_postfix_str(f"loss {step_loss:.3f}, {speed}")
         if (step + 1) % eval_every == 0 or step + 1 == steps:
             val_loss = evaluate(model, val_loader, loss_fn, eval_batches, dtype)

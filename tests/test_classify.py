@@ -19,7 +19,7 @@ from llm_shared.classify import (
     encode_messages,
     finetune_classifier,
     load_classifier,
-    pad,
+    pad_batch,
     predict,
     read_messages,
     save_classifier,
@@ -78,10 +78,10 @@ def test_padding_changes_nothing(model):
     model.eval()
     rows = [([5, 6, 7], 0), ([8], 1), (list(range(20)), 1)]
     with torch.no_grad():
-        one_by_one = torch.cat([model(*pad([row])[:2]) for row in rows])
+        one_by_one = torch.cat([model(*pad_batch([row])[:2]) for row in rows])
         for width in (20, 25, 32):
             for pad_id in (50256, 0, 123):
-                ids, lengths, labels = pad(rows, pad_id, width)
+                ids, lengths, labels = pad_batch(rows, pad_id, width)
                 assert ids.shape == (3, width) and lengths.tolist() == [3, 1, 20] and labels.tolist() == [0, 1, 1]
                 assert torch.allclose(model(ids, lengths), one_by_one, atol=1e-5)
 
@@ -89,7 +89,7 @@ def test_padding_changes_nothing(model):
 def test_reading_the_last_position_instead_would_depend_on_padding(model):
     model.eval()
     with torch.no_grad():
-        short, long = (model(pad([([5, 6, 7], 0)], width=width)[0], torch.tensor([width])) for width in (3, 20))
+        short, long = (model(pad_batch([([5, 6, 7], 0)], width=width)[0], torch.tensor([width])) for width in (3, 20))
     assert not torch.allclose(short, long, atol=1e-4)
 
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from llm_shared.checkpoint import newest_checkpoint, save_model
+from llm_shared.classify import load_classifier
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 TRAIN = "ch05/01_main-chapter-code/gpt_train.py"
 GENERATE = "ch05/01_main-chapter-code/gpt_generate.py"
+CLASSIFY = "ch06/01_main-chapter-code/gpt_class_finetune.py"
 GPT = "ch04/01_main-chapter-code/gpt.py"
 VIETNAMESE = "Điều 1. Bộ luật này quy định quyền và nghĩa vụ của cá nhân trong các quan hệ dân sự.\n" * 40
 TINY = "--context-length 16 --batch-size 2 --steps 3 --eval-every 2 --warmup-steps 1".split()
@@ -129,3 +131,50 @@ def test_generate_from_what_is_no_checkpoint(script_here, tmp_path):
     one_line(script_here(GENERATE, "--checkpoint", tmp_path / "model"), "damaged")
     weights.write_bytes(b"hello")
     one_line(script_here(GENERATE, "--checkpoint", tmp_path / "model"), "damaged")
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(vocab_size=50257, context_length=32, n_embd=16, n_head=2, n_layer=2))
+    save_model(tmp_path / "small", model, gpt2_tokenizer())
+    return str(tmp_path / "small")
+
+
+def test_classifier_script(script, tmp_path, small_checkpoint):
+    rows = [f'"{"Win cash" if i % 2 else "See you"}, {i}",{i % 2}' for i in range(60)]
+    (tmp_path / "messages.csv").write_text("text,label\n" + "\n".join(rows), encoding="utf-8")
+    out = tmp_path / "out" / "spam.safetensors"
+    options = [
+        "--model",
+        small_checkpoint,
+        "--data",
+        tmp_path / "messages.csv",
+        "--out",
+        out,
+        "--seeds",
+        2,
+        "--lr",
+        0.003,
+    ]
+    process = script(CLASSIFY, *map(str, options), "--message", "Win cash, 99")
+    assert process.returncode == 0, process.stderr
+    assert "mean test accuracy of 2 seeds: 100.0%" in process.stdout and "'Win cash, 99': spam with" in process.stdout
+    assert load_classifier(out).head.out_features == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere.csv"], "No such file"),
+        (["--layers", "gpt.blocks.9"], "no layer is called 'gpt.blocks.9'; there are all, gpt.tok_emb"),
+        (["--message", "spam " * 20_000], "tokens; from 1 to 32 can be read: shorten it"),
+        (["--model", "nowhere"], "nowhere holds no checkpoint"),
+        (["--device", "cuda:7"], "device 'cuda:7' is not on this machine"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_classifier_script_and_bad_input(script, tmp_path, small_checkpoint, options, message):
+    out = tmp_path / "spam.safetensors"
+    one_line(script(CLASSIFY, "--model", small_checkpoint, "--out", str(out), "--seeds", "1", *options), message)
+    assert not out.exists()

@@ -47,13 +47,15 @@ def main():
         torch.manual_seed(seed)
         gpt, tokenizer = open_model(name, device)
         model = GPTClassifier(gpt).to(device)
+        before = classify(model, tokenizer, message)[1]
         rows = table if unbalanced else balance(table, seed)
         _, test = finetune_classifier(model, tokenizer, rows, seed=seed, dtype=dtype, schedule=schedule, **args)
         accuracies.append(test.pop("accuracy"))
         print(f"seed {seed}: test accuracy {accuracies[-1]:.1%}, {test}")
     print(f"mean test accuracy of {seeds} seeds: {statistics.mean(accuracies):.1%}")
     save_classifier(out, model)
-    print(f"{classify(model, tokenizer, message)[1]:.1%} spam: {message!r}; the classifier is in {out}")
+    after = classify(model, tokenizer, message)[1]
+    print(f"{message!r}: spam with {before:.1%} before, {after:.1%} after; the classifier is in {out}")
 
 
 if __name__ == "__main__":
