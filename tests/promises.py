@@ -14,7 +14,9 @@ MAIN_NOTEBOOKS = {
     "ch03": "ch03/01_main-chapter-code/ch03.ipynb",
     "ch04": "ch04/01_main-chapter-code/ch04.ipynb",
     "ch05": "ch05/01_main-chapter-code/ch05.ipynb",
+    "ch06": "ch06/01_main-chapter-code/ch06.ipynb",
     "appendix-D": "appendix-D/01_main-chapter-code/appendix-D.ipynb",
+    "appendix-E": "appendix-E/01_main-chapter-code/appendix-E.ipynb",
 }
 BONUS_NOTEBOOKS = {  # modules that a bonus notebook builds
     "hf_format": "ch05/02_alternative_weight_loading/weight-loading-hf-transformers.ipynb",
