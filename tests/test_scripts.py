@@ -174,7 +174,7 @@ def test_classifier_script(script, tmp_path, small_checkpoint):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_classifier_script_and_bad_input(script, tmp_path, small_checkpoint, options, message):
+def test_classifier_script_and_bad_input(script_here, tmp_path, small_checkpoint, options, message):
     out = tmp_path / "spam.safetensors"
-    one_line(script(CLASSIFY, "--model", small_checkpoint, "--out", str(out), "--seeds", "1", *options), message)
+    one_line(script_here(CLASSIFY, "--model", small_checkpoint, "--out", str(out), "--seeds", "1", *options), message)
     assert not out.exists()
