@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from llm_shared.checkpoint import build_model, read_safetensors
 from llm_shared.gpt import GPTConfig
 from llm_shared.resources import fetch, replacing
-from llm_shared.tokenizer import VISIBLE, BPETokenizer, gpt2_tokenizer
+from llm_shared.tokenizer import END_OF_TEXT, VISIBLE, BPETokenizer, gpt2_tokenizer
 from llm_shared.weights import GPT2_NAMES, from_gpt2, transposed_in_gpt2
 
 HF_CONFIG = {  # transformers' name: ours
@@ -103,10 +103,12 @@ def export_hf(model, folder, tokenizer=None):
     config |= {"architectures": ["GPT2LMHeadModel"], "torch_dtype": str(model.tok_emb.weight.dtype)[len("torch.") :]}
     config |= dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], c.dropout)
     config |= dict.fromkeys(["bos_token_id", "eos_token_id"], bpe.eot_token)
+    ends = dict.fromkeys(["bos_token", "eos_token"], None if bpe.eot_token is None else END_OF_TEXT)
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.context_length} | ends
     files = {
         "config.json": config,
         "tokenizer.json": tokenizer_json(bpe),
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.context_length},
+        "tokenizer_config.json": tokenizer_config,
     }
     with replacing(folder) as temporary:
         temporary.mkdir()

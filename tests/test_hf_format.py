@@ -77,7 +77,7 @@ def test_mini_opens_in_transformers_with_its_tokenizer(tmp_path):
         ids = tokenizer(text)["input_ids"]
         assert ids == gpt2.encode(text, allowed_special="all")
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert tokenizer.model_max_length == 256
+    assert tokenizer.model_max_length == 256 and tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
 
 
 def test_the_readers_own_tokenizers_go_along(tmp_path):
