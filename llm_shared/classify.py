@@ -192,7 +192,7 @@ def load_classifier(path, device="cpu"):
     weights = read_safetensors(path, device)
     try:
         with safe_open(path, "pt") as file:
-            config = json.loads(file.metadata()["config"])
+            config = json.loads((file.metadata() or {})["config"])
         head = {name: weights.pop(f"head.{name}") for name in ("weight", "bias")}
         n_classes = config.pop("n_classes")
         gpt = build_model(GPTConfig(**config), {name.removeprefix("gpt."): w for name, w in weights.items()}, path)
