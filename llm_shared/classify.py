@@ -4,6 +4,7 @@ import csv
 import json
 import zipfile
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -77,10 +78,10 @@ def pad_batch(items, pad_id=50256, width=None):
     return torch.tensor(rows), torch.tensor([len(ids) for ids, _ in items]), torch.tensor([label for _, label in items])
 
 
-def create_message_loader(items, batch_size, shuffle=True, seed=0):
+def create_message_loader(items, batch_size, shuffle=True, seed=0, pad_id=50256):
     """Return a DataLoader of padded batches, each as wide as its longest message."""
-    order = EpochOrder(len(items), shuffle, seed)
-    return DataLoader(items, batch_size, sampler=order, collate_fn=pad_batch, generator=torch.Generator())
+    order, collate = EpochOrder(len(items), shuffle, seed), partial(pad_batch, pad_id=pad_id)
+    return DataLoader(items, batch_size, sampler=order, collate_fn=collate, generator=torch.Generator())
 
 
 class GPTClassifier(nn.Module):
@@ -160,7 +161,7 @@ def finetune_classifier(
     if not all(items):
         raise ValueError(f"{len(table)} messages are too few to train, validate and test on")
     loader, val_loader, test_loader = (
-        create_message_loader(part, batch_size, i == 0, seed) for i, part in enumerate(items)
+        create_message_loader(part, batch_size, i == 0, seed, tokenizer.eot_token) for i, part in enumerate(items)
     )
     train_only(model, layers)
     steps = epochs * len(loader)

@@ -1,5 +1,6 @@
 """setup · fetch(name): the one way to a file, bundled, cached or downloaded; and writing that never leaves half a file."""
 
+import gzip
 import os
 import shutil
 import tarfile
@@ -98,6 +99,15 @@ def replacing(path):
         raise
 
 
+def check_gzip(path):
+    """Read a gzip file to its end, where its checksum is; tarfile alone takes a damaged member for the end of the archive."""
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            with gzip.open(path) as stream:
+                while stream.read(1 << 20):
+                    pass
+
+
 def unpack(archive, folder):
     """Extract a .zip or .tar archive to a folder that does not exist yet: all of it, or nothing.
 
@@ -113,7 +123,8 @@ def unpack(archive, folder):
                             raise ValueError(f"{name!r} leads out of the folder")
                     file.extractall(temporary)
             else:
+                check_gzip(archive)
                 with tarfile.open(archive) as file:
                     file.extractall(temporary, filter="data")
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError) as error:
         raise ValueError(f"{archive} was not unpacked: {error}") from None

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -28,7 +29,7 @@ from llm_shared.classify import (
     train_only,
 )
 from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.tokenizer import gpt2_tokenizer
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
 
 CONFIG = GPTConfig(vocab_size=50257, context_length=32, n_embd=16, n_head=2, n_layer=2)
@@ -132,6 +133,13 @@ def test_an_easy_task_is_learned(model):
     assert found["accuracy"] == 1 and sum(map(sum, found["confusion"])) == 12
     spam, ham = (classify(model, gpt2_tokenizer(), text) for text in ("message win cash", "message see you"))
     assert spam[1] > 0.8 > 0.2 > ham[1] and sum(spam) == pytest.approx(1)
+
+
+def test_a_model_with_a_vocabulary_of_its_own():
+    tokenizer = BPETokenizer.train("".join(TABLE.text), 300)
+    gpt = GPTModel(replace(CONFIG, vocab_size=tokenizer.n_vocab, context_length=64))
+    _, found = finetune_classifier(GPTClassifier(gpt), tokenizer, TABLE, batch_size=8, epochs=1, max_length=64)
+    assert sum(map(sum, found["confusion"])) == 12
 
 
 def test_saved_and_loaded_it_says_the_same(model, tmp_path):

@@ -45,11 +45,14 @@ def test_replacing_is_all_or_nothing(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
-def test_every_size_has_its_pinned_file():
-    assert {name.partition("/")[0] for name in DOWNLOADS} == set(CONFIGS) - {"mini"}
+def test_every_download_is_pinned():
+    models = {name: DOWNLOADS[f"{name}/model.safetensors"] for name in CONFIGS if name != "mini"}
+    assert len(models) == 4
+    for url, _ in models.values():
+        assert re.search(r"/resolve/[0-9a-f]{40}/model\.safetensors$", url)
     for url, sha256 in DOWNLOADS.values():
-        assert re.search(r"/resolve/[0-9a-f]{40}/model\.safetensors$", url) and re.fullmatch("[0-9a-f]{64}", sha256)
-    assert len({download.sha256 for download in DOWNLOADS.values()}) == 4
+        assert url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", sha256)
+    assert len({download.sha256 for download in DOWNLOADS.values()}) == len(DOWNLOADS)
 
 
 def make_archive(path, names):
@@ -102,3 +105,13 @@ def test_half_an_archive_leaves_nothing(tmp_path):
         with pytest.raises(ValueError, match="was not unpacked"):
             unpack(archive, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_archive_leaves_nothing(tmp_path):
+    archive = make_archive(tmp_path / "a.tar.gz", [f"{i}.txt" for i in range(500)])
+    content = bytearray(archive.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 50] = bytes(50)
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match="was not unpacked"):
+        unpack(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
