@@ -242,6 +242,20 @@ def test_the_tables_are_those_of_the_results(experiments):
         assert experiments.with_results(text, found, language) == text
 
 
+def test_the_text_says_what_the_results_say():
+    rows = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))["rows"]
+
+    def apart(row, other):
+        return [round(100 * (rows[row][seed]["test"] - rows[other][seed]["test"]), 1) for seed in "012"]
+
+    assert all(-27 < points <= -7 for row in "267" for points in apart(row, "1"))
+    assert apart("10", "9") == [-5.3, -2.6, -3.1] and apart("11", "9") == [-4.4, -1.8, -1.8]
+    assert apart("12", "1") == [8.4, 3.5, 1.3] and apart("12", "9") == [3.1, 3.5, 0.4]
+    same_sign = {row for row in rows if min(apart(row, "1")) > 0 or max(apart(row, "1")) < 0}
+    assert same_sign == {"2", "6", "7", "12", "8", "15", "19"}
+    assert apart("13", "1") == apart("20", "1") == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

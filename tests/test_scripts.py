@@ -159,7 +159,10 @@ def test_classifier_script(script, tmp_path, small_checkpoint):
     ]
     process = script(CLASSIFY, *map(str, options), "--message", "Win cash, 99")
     assert process.returncode == 0, process.stderr
-    assert "mean test accuracy of 2 seeds: 100.0%" in process.stdout and "'Win cash, 99': spam with" in process.stdout
+    assert (
+        "mean test accuracy of 2 seeds: 100.0% (TF-IDF" in process.stdout
+        and "'Win cash, 99': spam with" in process.stdout
+    )
     assert load_classifier(out).head.out_features == 2
 
 

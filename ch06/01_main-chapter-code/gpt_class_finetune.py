@@ -4,8 +4,21 @@ import argparse
 import statistics
 
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
-from llm_shared.classify import GPTClassifier, balance, classify, finetune_classifier, read_messages, save_classifier
+from llm_shared.classify import (
+    GPTClassifier, balance, classify, finetune_classifier, read_messages, save_classifier, split,
+)  # fmt: skip
+    GPTClassifier,
+    balance,
+    classify,
+    finetune_classifier,
+    read_messages,
+    save_classifier,
+    split,
+)
 from llm_shared.cli import run
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.schedule import warmup_cosine
@@ -36,11 +49,18 @@ def schedule(lr, steps):
     return warmup_cosine(lr, max(1, steps // 10), steps)
 
 
+def rival(table, seed):
+    """Return the accuracy of TF-IDF and logistic regression on the same split."""
+    train, _, test = split(table, seed)
+    model = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000)).fit(train.text, train.label)
+    return model.score(test.text, test.label)
+
+
 def main():
     args = parse_args()
     data, unbalanced, name, seeds, message, out = map(args.pop, "data unbalanced model seeds message out".split())
     device = pick_device(args.pop("device"))
-    dtype, accuracies = pick_dtype(args.pop("dtype"), device), []
+    dtype, accuracies, rivals = pick_dtype(args.pop("dtype"), device), [], []
     table = read_messages(data)
     keep_freed_memory()
     for seed in range(seeds):
@@ -51,8 +71,10 @@ def main():
         rows = table if unbalanced else balance(table, seed)
         _, test = finetune_classifier(model, tokenizer, rows, seed=seed, dtype=dtype, schedule=schedule, **args)
         accuracies.append(test.pop("accuracy"))
-        print(f"seed {seed}: test accuracy {accuracies[-1]:.1%}, {test}")
-    print(f"mean test accuracy of {seeds} seeds: {statistics.mean(accuracies):.1%}")
+        rivals.append(rival(rows, seed))
+        print(f"seed {seed}: test accuracy {accuracies[-1]:.1%} (TF-IDF {rivals[-1]:.1%}), {test}")
+    means = [statistics.mean(numbers) for numbers in (accuracies, rivals)]
+    print("mean test accuracy of {} seeds: {:.1%} (TF-IDF {:.1%})".format(seeds, *means))
     save_classifier(out, model)
     after = classify(model, tokenizer, message)[1]
     print(f"{message!r}: spam with {before:.1%} before, {after:.1%} after; the classifier is in {out}")

@@ -208,7 +208,7 @@ def results_table(found, language):
     """Return the results as Markdown; language: 0 English, 1 Vietnamese."""
     titles = (
         "row | what changes | flags | weights trained | train % | validation % | test % | test − row 1 | time",
-        "dòng | điều thay đổi | cờ | trọng số được dạy | huấn luyện % | kiểm định % | kiểm tra % | hơn dòng 1 | thời gian",
+        "dòng | điều thay đổi | cờ | trọng số được dạy | huấn luyện % | kiểm định % | kiểm tra % | so với dòng 1 | thời gian",
     )
     lines = [f"| {titles[language]} |", "|---:|---|---|---:|---:|---:|---:|---:|---:|"]
     base = found["rows"].get("1", {})
