@@ -120,5 +120,5 @@ def test_importing_costs_little_over_torch():
 def test_scripts_are_callers():
     for path in ROOT.glob("ch0*/01_main-chapter-code/*.py"):
         source = path.read_text(encoding="utf-8")
-        assert len(source.splitlines()) <= 80, path
+        assert len(source.splitlines()) <= 85, path
         assert not re.search(r"^class |\.backward\(|optimizer\.step\(", source, flags=re.M), path

@@ -9,8 +9,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from llm_shared.classify import (
-    GPTClassifier, balance, classify, finetune_classifier, read_messages, save_classifier, split,
-)  # fmt: skip
+    GPTClassifier,
+    balance,
+    classify,
+    finetune_classifier,
+    read_messages,
+    save_classifier,
+    split,
+)
 from llm_shared.cli import run
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.schedule import warmup_cosine
