@@ -29,7 +29,7 @@ def vietnamese(tmp_path):
     return ["--data", tmp_path / "luật.txt", "--tokenizer", tmp_path / "luật.bpe"]
 
 
-def test_train_resume_and_generate_on_vietnamese(script, vietnamese, tmp_path):
+def test_train_resume_and_generate_on_vietnamese(script, script_here, vietnamese, tmp_path):
     out = tmp_path / "thư mục chạy"
     done = script(TRAIN, *TINY, *vietnamese, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -38,18 +38,18 @@ def test_train_resume_and_generate_on_vietnamese(script, vietnamese, tmp_path):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert newest_checkpoint(out).name == "step-00000003"
 
-    one_line(script(TRAIN, *TINY, *vietnamese, "--out", out), "already holds a run")
+    one_line(script_here(TRAIN, *TINY, *vietnamese, "--out", out), "already holds a run")
     assert script(TRAIN, *TINY, *vietnamese, "--out", out, "--resume").returncode == 0
-    other = script(TRAIN, *TINY, *vietnamese, "--out", out, "--resume", "--lr", "0.5")
+    other = script_here(TRAIN, *TINY, *vietnamese, "--out", out, "--resume", "--lr", "0.5")
     one_line(other, "was made with lr=0.002")
     assert newest_checkpoint(out).name == "step-00000003"
 
     write = [GENERATE, "--checkpoint", out, "--prompt", "Điều 2", "--max-new-tokens", 40, "--temperature", 1]
-    first, again = script(*write), script(*write)
+    first, again = script(*write), script_here(*write)
     assert first.returncode == 0 and first.stdout.startswith("Điều 2")
-    assert first.stdout == again.stdout != script(*write, "--seed", 7).stdout
-    assert script(*write, "--prompt", "").returncode == 0
-    one_line(script(*write, "--top-k", 0), "top_k at least 1")
+    assert first.stdout == again.stdout != script_here(*write, "--seed", 7).stdout
+    assert script_here(*write, "--prompt", "").returncode == 0
+    one_line(script_here(*write, "--top-k", 0), "top_k at least 1")
 
 
 def test_training_gets_well_under_the_unigram_entropy(script_here, moby_dick, tmp_path):
