@@ -62,8 +62,8 @@ def stream(model, prompts, max_new_tokens, eot_id=None, use_cache=True, generato
                 seen = end - 1
             mask = real[:, start:end] if padded else None
             logits = model(ids[:, seen:end], caches, mask, last_only=True)[:, -1]  # (B, vocab_size)
-            ids[:, end] = sample(logits, generator=generator, **sampling)
-            step = ids[:, end].tolist()
+            ids[:, end] = drawn = sample(logits, generator=generator, **sampling)  # (B)
+            step = drawn.tolist()
             done = [ended or new == eot_id for ended, new in zip(done, step, strict=True)]
             if all(done):
                 return

@@ -52,7 +52,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_embd))
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class GELU(nn.Module):
@@ -87,8 +87,12 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, mask=None):
-        x = x + self.dropout(self.attn(self.ln_1(x), cache, mask))
-        return x + self.dropout(self.ffn(self.ln_2(x)))
+        x = self.add(x, self.attn(self.ln_1(x), cache, mask))
+        return self.add(x, self.ffn(self.ln_2(x)))
+
+    def add(self, x, change):
+        """The shortcut: x + change, with dropout while training."""
+        return x + (self.dropout(change) if self.training else change)
 
 
 class GPTModel(nn.Module):
