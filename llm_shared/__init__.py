@@ -5,6 +5,7 @@ CHAPTERS = {
     "resources": "setup",
     "hardware": "setup",
     "cli": "setup",
+    "results": "setup",
     "tokenizer": "ch02",
     "data": "ch02",
     "linear": "ch03",

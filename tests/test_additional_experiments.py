@@ -14,6 +14,7 @@ from llm_shared.classify import GPTClassifier, classification_loss, pad_batch, p
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.lora import LoRALinear
 from llm_shared.loss import count_targets
+from llm_shared.results import with_results
 from llm_shared.tokenizer import gpt2_tokenizer
 
 FOLDER = ROOT / "ch06/02_bonus_additional-experiments"
@@ -239,7 +240,7 @@ def test_the_tables_are_those_of_the_results(experiments):
     assert all(len(runs) >= 3 for runs in found["rows"].values())
     for language, name in enumerate(("README.en.md", "README.md")):
         text = (FOLDER / name).read_text(encoding="utf-8")
-        assert experiments.with_results(text, found, language) == text
+        assert with_results(text, experiments.results_table(found, language)) == text
 
 
 def test_the_text_says_what_the_results_say():

@@ -5,6 +5,8 @@ import sys
 import pytest
 from samples import ROOT
 
+from llm_shared.results import with_results
+
 BENCH = ROOT / "tests" / "bench"
 
 
@@ -14,6 +16,6 @@ def test_tables_are_those_of_the_results(monkeypatch, name):
     import report
 
     text = (BENCH / name).read_text(encoding="utf-8")
-    assert report.with_tables(text) == text
+    assert with_results(text, report.tables()) == text
     assert "ours / fastest peer" in text
     sys.modules.pop("report")

@@ -18,6 +18,7 @@ from llm_shared import resources
 from llm_shared.checkpoint import save_model
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.resources import Download
+from llm_shared.results import with_results
 from llm_shared.tokenizer import gpt2_tokenizer
 
 FOLDER = ROOT / "ch06/03_bonus_imdb-classification"
@@ -35,10 +36,13 @@ def folder(monkeypatch):
     """The folder's modules, imported; nothing of them stays."""
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setattr(resources, "DOWNLOADS", dict(resources.DOWNLOADS))
+    names = ("sentiment", "reviews", "models")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)  # the benchmarks have a module models too
     import sentiment
 
     yield sentiment
-    for name in ("sentiment", "reviews", "models"):
+    for name in names:
         sys.modules.pop(name, None)
 
 
@@ -317,7 +321,7 @@ def test_table_equals_json(folder):
     runs = folder.read_results(FOLDER / "results.json")
     for language, name in enumerate(("README.en.md", "README.md")):
         text = (FOLDER / name).read_text(encoding="utf-8")
-        assert folder.with_table(text, runs, language) == text, "run sentiment.py --table"
+        assert with_results(text, folder.table(runs, language)) == text, "run sentiment.py --table"
     wanted = [folder.settings(folder.parse_args(words.split())) for words in folder.COMMANDS if '"' not in words]
     assert all(run["settings"] in wanted for run in runs)
     assert {run["settings"]["data"] for run in runs} == {"snippets"}  # nothing of the internet was measured here

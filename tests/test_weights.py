@@ -16,6 +16,7 @@ from llm_shared import weights
 from llm_shared.gpt import CONFIGS, GPTConfig, GPTModel
 from llm_shared.hf_format import to_gpt2
 from llm_shared.resources import fetch
+from llm_shared.results import with_results
 from llm_shared.training import make_optimizer
 from llm_shared.weights import load_pretrained, unpack_int8
 
@@ -227,4 +228,4 @@ def test_the_table_is_that_of_the_results(monkeypatch):
     found = json.loads((BOOKS / "results.json").read_text(encoding="utf-8"))
     for language, name in enumerate(("README.en.md", "README.md")):
         text = (BOOKS / name).read_text(encoding="utf-8")
-        assert compare.with_table(text, found, language) == text
+        assert with_results(text, compare.table(found, language)) == text

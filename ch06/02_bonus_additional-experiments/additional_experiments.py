@@ -6,6 +6,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,12 +30,12 @@ from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.lora import adapter, add_lora
 from llm_shared.loss import IGNORED
 from llm_shared.resources import replacing
+from llm_shared.results import write_results
 from llm_shared.schedule import warmup_cosine
 from llm_shared.training import make_optimizer, train
 from llm_shared.weights import open_model
 
 RESULTS = Path(__file__).with_name("results.json")
-START, END = "<!-- results -->", "<!-- end of results -->"
 LORA_LAYERS = ("attn.qkv", "attn.out_proj", "ffn.up", "ffn.down")
 ROWS = [  # the flags that make a row out of the base row, English, Vietnamese
     ("", "base: last real token read, last block trained", "gốc: đọc token thật cuối cùng, dạy khối cuối"),
@@ -226,12 +227,6 @@ def results_table(found, language):
     return "\n".join(lines)
 
 
-def with_results(text, found, language):
-    """Return a README's text with the table in its place."""
-    before, _, rest = text.partition(START)
-    return f"{before}{START}\n\n{results_table(found, language)}\n\n{END}{rest.partition(END)[2]}"
-
-
 def main():
     keep_freed_memory()
     args, base = make_parser().parse_args(), make_parser().parse_args([])
@@ -251,11 +246,8 @@ def main():
         raise ValueError("a sweep runs the rows as they are: leave out the flags of the questions")
     found = sweep(rows)
     print(results_table(found, 0))
-    for language, name in enumerate(("README.en.md", "README.md") if args.out == RESULTS else ()):
-        readme = RESULTS.with_name(name)
-        text = with_results(readme.read_text(encoding="utf-8"), found, language)
-        with replacing(readme) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    if args.out == RESULTS:
+        write_results(RESULTS.parent, partial(results_table, found))
 
 
 if __name__ == "__main__":

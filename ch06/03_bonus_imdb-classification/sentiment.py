@@ -6,6 +6,7 @@ import platform
 import shlex
 import statistics
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from llm_shared.classify import scores
 from llm_shared.cli import run
 from llm_shared.hardware import keep_freed_memory, pick_device
 from llm_shared.resources import replacing
+from llm_shared.results import write_results
 
 HERE = Path(__file__).parent
-START, END = "<!-- results -->", "<!-- end of results -->"
 MODELS = {  # the name in the table: English, Vietnamese
     "dummy": ("most frequent label", "nhãn hay gặp nhất"),
     "bow": ("bag of words, logistic regression", "túi từ, hồi quy logistic"),
@@ -137,21 +138,13 @@ def table(runs, language):
     return "\n".join([*lines, "", *(f"- {machine}" for machine in sorted(machines))])
 
 
-def with_table(text, runs, language):
-    """Return a README's text with the table in its place."""
-    before, _, rest = text.partition(START)
-    return f"{before}{START}\n\n{table(runs, language)}\n\n{END}{rest.partition(END)[2]}"
-
-
 def main():
     args = parse_args()
     if not args.table:
         keep_freed_memory()
         return measure(args)
     runs = read_results(args.results)
-    for language, name in enumerate(("README.en.md", "README.md")):
-        path = HERE / name
-        path.write_text(with_table(path.read_text(encoding="utf-8"), runs, language), encoding="utf-8")
+    write_results(HERE, partial(table, runs))
     print(table(runs, 0))
 
 
