@@ -57,7 +57,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, cache=None, mask=None):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, n_head, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, n_head, T, head_dim)
         if cache is not None:
             k, v = cache.append(k, v)
         if mask is None and 1 < T < k.shape[2]:
