@@ -3,7 +3,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from samples import ROOT
+
+from llm_shared.checkpoint import save_model
+from llm_shared.gpt import GPTConfig, GPTModel
+from llm_shared.tokenizer import gpt2_tokenizer
 
 collect_ignore = ["bench"]  # benchmarks measure; they do not test
 
@@ -43,3 +48,12 @@ def script_here(capsys, monkeypatch):
 @pytest.fixture
 def moby_dick():
     return (ROOT / "llm_shared/assets/moby-dick.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    """The folder of a model with random weights, small enough to train in a test."""
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(vocab_size=50257, context_length=32, n_embd=16, n_head=2, n_layer=2))
+    save_model(tmp_path / "small", model, gpt2_tokenizer())
+    return str(tmp_path / "small")

@@ -6,7 +6,9 @@ from llm_shared.linear import Linear, linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (3, 1), (2, 7), (8, 1), (64, 1), (65, 1), (0, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1,), (5,), (64,), (65,), (0,), (1, 1), (3, 1), (2, 7), (8, 1), (64, 1), (65, 1), (0, 1)]
+)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_equals_f_linear(dtype, shape, bias, grad):

@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from samples import one_line
 
 from llm_shared.checkpoint import newest_checkpoint, save_model
 from llm_shared.classify import load_classifier
@@ -14,12 +15,6 @@ CLASSIFY = "ch06/01_main-chapter-code/gpt_class_finetune.py"
 GPT = "ch04/01_main-chapter-code/gpt.py"
 VIETNAMESE = "Điều 1. Bộ luật này quy định quyền và nghĩa vụ của cá nhân trong các quan hệ dân sự.\n" * 40
 TINY = "--context-length 16 --batch-size 2 --steps 3 --eval-every 2 --warmup-steps 1".split()
-
-
-def one_line(process, message):
-    assert process.returncode == 1, process.stderr
-    assert message in process.stderr
-    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
 
 
 @pytest.fixture
@@ -131,14 +126,6 @@ def test_generate_from_what_is_no_checkpoint(script_here, tmp_path):
     one_line(script_here(GENERATE, "--checkpoint", tmp_path / "model"), "damaged")
     weights.write_bytes(b"hello")
     one_line(script_here(GENERATE, "--checkpoint", tmp_path / "model"), "damaged")
-
-
-@pytest.fixture
-def small_checkpoint(tmp_path):
-    torch.manual_seed(0)
-    model = GPTModel(GPTConfig(vocab_size=50257, context_length=32, n_embd=16, n_head=2, n_layer=2))
-    save_model(tmp_path / "small", model, gpt2_tokenizer())
-    return str(tmp_path / "small")
 
 
 def test_classifier_script(script, tmp_path, small_checkpoint):

@@ -12,14 +12,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from samples import ROOT
+from samples import ROOT, one_line
 
 from llm_shared import resources
-from llm_shared.checkpoint import save_model
-from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.resources import Download
 from llm_shared.results import with_results
-from llm_shared.tokenizer import gpt2_tokenizer
 
 FOLDER = ROOT / "ch06/03_bonus_imdb-classification"
 SCRIPT = FOLDER / "sentiment.py"
@@ -102,12 +99,6 @@ def publish(folder, tmp_path, monkeypatch):
     yield put
     server.shutdown()
     server.server_close()
-
-
-def one_line(process, message):
-    assert process.returncode == 1, process.stdout + process.stderr
-    assert message in process.stderr
-    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
 
 
 def test_snippets(folder):
@@ -206,14 +197,6 @@ def test_bad_options(folder, script_here, tmp_path, words, message):
 
 
 @pytest.fixture
-def tiny_gpt(tmp_path):
-    torch.manual_seed(0)
-    model = GPTModel(GPTConfig(vocab_size=50257, context_length=32, n_embd=16, n_head=2, n_layer=1))
-    save_model(tmp_path / "gpt", model, gpt2_tokenizer())
-    return tmp_path / "gpt"
-
-
-@pytest.fixture
 def tiny_encoder(tmp_path):
     """A random BERT and a tokenizer of whole words, as transformers writes them."""
     from tokenizers import Tokenizer
@@ -234,7 +217,7 @@ def tiny_encoder(tmp_path):
     return tmp_path / "encoder"
 
 
-def test_every_model_runs_and_learns(publish, script_here, tiny_gpt, tiny_encoder, tmp_path):
+def test_every_model_runs_and_learns(publish, script_here, small_checkpoint, tiny_encoder, tmp_path):
     publish(archived(made_reviews()))
     results = tmp_path / "results.json"
     fast = "--max-length 24 --epochs 6 --lr 1e-2 --dtype float32 --seeds 1 --batch-size 8".split()
@@ -242,8 +225,8 @@ def test_every_model_runs_and_learns(publish, script_here, tiny_gpt, tiny_encode
         "dummy": [],
         "bow": [],
         "tfidf": [],
-        "gpt": ["--gpt", tiny_gpt, *fast],
-        "gpt ": ["--gpt", tiny_gpt, *fast, "--random-weights"],
+        "gpt": ["--gpt", small_checkpoint, *fast],
+        "gpt ": ["--gpt", small_checkpoint, *fast, "--random-weights"],
         "encoder": ["--encoder", tiny_encoder, *fast],
     }.items():
         command = [SCRIPT, "--data", "imdb", "--model", model.strip(), "--results", results, *options]
@@ -258,10 +241,11 @@ def test_every_model_runs_and_learns(publish, script_here, tiny_gpt, tiny_encode
     assert len(json.loads(results.read_text(encoding="utf-8"))) == 6
 
 
-def test_runs_are_kept_and_not_repeated(publish, script_here, tiny_gpt, tmp_path):
+def test_runs_are_kept_and_not_repeated(publish, script_here, small_checkpoint, tmp_path):
     publish(archived(made_reviews(10)))
     results = tmp_path / "results.json"
-    command = [SCRIPT, "--data", "imdb", "--model", "gpt", "--gpt", tiny_gpt, *"--epochs 1 --max-length 24".split()]
+    options = "--data imdb --model gpt --epochs 1 --max-length 24".split()
+    command = [SCRIPT, *options, "--gpt", small_checkpoint]
     command += ["--results", results, "--dtype", "float32"]
     assert script_here(*command, "--seeds", 1).returncode == 0
     first = results.read_text(encoding="utf-8")
@@ -293,7 +277,7 @@ def test_padding_does_not_change_an_encoders_answer(folder, tiny_encoder):
     assert together.sub(alone).abs().max() < 1e-6 and together.sub(theirs).abs().max() < 1e-6
 
 
-def test_the_best_epoch_is_kept(folder, monkeypatch, tiny_gpt):
+def test_the_best_epoch_is_kept(folder, monkeypatch, small_checkpoint):
     import models
     import pandas as pd
 
@@ -311,7 +295,7 @@ def test_the_best_epoch_is_kept(folder, monkeypatch, tiny_gpt):
     monkeypatch.setattr(models, "scores", lambda probs, labels: {"accuracy": next(accuracies)})
     monkeypatch.setattr(models, "train", fake_train)
     monkeypatch.setattr(models, "predict", fake_predict)
-    args = folder.parse_args(["--model", "gpt", "--gpt", str(tiny_gpt), "--max-length", "8"])
+    args = folder.parse_args(["--model", "gpt", "--gpt", small_checkpoint, "--max-length", "8"])
     table = pd.DataFrame({"text": ["good", "bad"], "label": [1, 0]})
     models.fine_tune(args, [table] * 3, 0, torch.device("cpu"))
     assert seen["bias"] == 1
