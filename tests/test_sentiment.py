@@ -85,7 +85,7 @@ def publish(folder, tmp_path, monkeypatch):
 
     (tmp_path / "web").mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=tmp_path / "web"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.delenv("LLM_OFFLINE", raising=False)
     monkeypatch.setattr(resources, "CACHE", tmp_path / "cache")
 
