@@ -1,5 +1,6 @@
 """ch05 · Checkpoints: a model on the disk, and a training run that can be stopped at any moment and goes on exactly."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -7,28 +8,46 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.resources import replacing
+from llm_shared.resources import replacing, write_safetensors
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 
-def save_model(folder, model, tokenizer):
-    """Write model.safetensors and config.json, and tokenizer.bpe unless the tokenizer is GPT-2's.
+MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.bpe"}
+PROBE = "Don't stop: 12345 của chúng  ta's\n\n\t½ 日本 'S, ok?"  # a text that tokenizers cut in different ways
 
-    Another tiktoken.Encoding is a ValueError: it cannot be written.
+
+def fingerprint(tokenizer):
+    """Return a hash of what a tokenizer does: the bytes of each id, and how it cuts a text with everything in it."""
+    digest = hashlib.sha256(str(tokenizer.encode_ordinary(PROBE)).encode())
+    for i in range(tokenizer.n_vocab):
+        digest.update(repr(tokenizer.decode_bytes([i])).encode())
+    return digest.hexdigest()[:16]
+
+
+def save_model(folder, model, tokenizer):
+    """Write config.json, model.safetensors and, unless the tokenizer is GPT-2's, tokenizer.bpe: all of it, or nothing.
+
+    It replaces what it wrote there before. A folder that holds something else, a tokenizer that does not fit or
+    cannot be written, and a model whose weights have names of their own (LoRA, torch.compile) are a ValueError.
     """
-    if not isinstance(tokenizer, BPETokenizer) and tokenizer is not gpt2_tokenizer():
+    folder, tokens, weights = Path(folder), fingerprint(tokenizer), own_weights(model)
+    if not isinstance(tokenizer, BPETokenizer) and tokens != fingerprint(gpt2_tokenizer()):
         raise ValueError("only GPT-2's own tokenizer or a BPETokenizer can be saved: make one with the same merges")
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
-    if isinstance(tokenizer, BPETokenizer):
-        tokenizer.save(folder / "tokenizer.bpe")
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - MODEL_FILES:
+        raise ValueError(f"{folder} holds other files than a model's: choose another folder")
+    with replacing(folder) as temporary:
+        write_safetensors(temporary / "model.safetensors", weights)
+        config = asdict(model.config) | {"tokenizer": tokens}
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if isinstance(tokenizer, BPETokenizer):
+            tokenizer.save(temporary / "tokenizer.bpe")
 
 
 def read_safetensors(path, device="cpu"):
@@ -52,17 +71,35 @@ class SkipInit(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def build_model(config, weights, source, dtype=torch.float32):
-    """Return a GPTModel whose weights are the given tensors themselves, copied only for another dtype; weights: {name: tensor}.
+def empty_model(config, weights, source):
+    """Return a GPTModel without memory, into which weights {name: tensor} fit.
 
-    Weights that do not fit the configuration are a ValueError that names source and them; nothing is loaded in part.
+    Missing names, others and other shapes are a ValueError that names source and them.
     """
+    if config.n_layer > len(weights):
+        raise ValueError(f"{source}: {config.n_layer} layers are claimed, and there are {len(weights)} tensors")
     with torch.device("meta"), SkipInit():
         model = GPTModel(config)
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     wrong = sorted(name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name))
     if wrong:
         raise ValueError(f"{source}: the weights do not fit the model: {', '.join(wrong[:3])} and {len(wrong)} in all")
+    return model
+
+
+def own_weights(model):
+    """Return {name: tensor} of a GPTModel, as every writer takes them: those of its configuration and no other."""
+    weights = model.state_dict()
+    empty_model(model.config, weights, "a model that wears LoRA or is compiled must be unwrapped first")
+    return weights
+
+
+def build_model(config, weights, source, dtype=torch.float32):
+    """Return a GPTModel whose weights are the given tensors themselves, copied only for another dtype; weights: {name: tensor}.
+
+    Weights that do not fit the configuration are a ValueError that names source and them; nothing is loaded in part.
+    """
+    model = empty_model(config, weights, source)
     weights = {name: weight.to(dtype, memory_format=torch.contiguous_format) for name, weight in weights.items()}
     model.load_state_dict(weights, assign=True)
     return model
@@ -71,18 +108,23 @@ def build_model(config, weights, source, dtype=torch.float32):
 def load_model(folder, device="cpu", dtype=torch.float32):
     """Return (model, tokenizer) from a folder that `save_model` wrote, or from the newest checkpoint in it.
 
-    A folder that holds none, a damaged one or one of another shape is a ValueError.
+    A folder that holds none, a damaged one, and one whose tokenizer is not the model's are a ValueError.
     """
     folder = newest_checkpoint(folder) or Path(folder)
     if not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
         raise ValueError(f"{folder} holds no checkpoint: a folder with config.json and model.safetensors is asked for")
     try:
-        config = GPTConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tokens = settings.pop("tokenizer", None)  # older folders do not say it
+        config = GPTConfig(**settings)
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is damaged or not a checkpoint of this project: {error}") from None
     model = build_model(config, read_safetensors(folder / "model.safetensors", device), folder, dtype)
     bpe = folder / "tokenizer.bpe"
-    return model, BPETokenizer.load(bpe) if bpe.is_file() else gpt2_tokenizer()
+    tokenizer = BPETokenizer.load(bpe) if bpe.is_file() else gpt2_tokenizer()
+    if tokenizer.n_vocab != config.vocab_size or tokens not in (None, fingerprint(tokenizer)):
+        raise ValueError(f"{folder}: tokenizer.bpe is missing, or is not the one that this model was trained with")
+    return model, tokenizer
 
 
 def newest_checkpoint(folder):

@@ -1,5 +1,6 @@
 """setup · fetch(name): the one way to a file, bundled, cached or downloaded; and writing that never leaves half a file."""
 
+import glob
 import gzip
 import os
 import shutil
@@ -78,25 +79,69 @@ def fetch(name):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path beside path; what stands there at the end, file or folder, takes path's name in one step.
+    """Yield a temporary path; what stands there at the end, file or folder, takes path's place, and its name, in one step.
 
-    After an error it is deleted, and path is what it was.
+    After an error path is what it was, and nothing else is left. What a killed process left behind is removed first.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    remove_leftovers(path)
+    workshop = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    workshop.mkdir()
+    temporary, before = workshop / path.name, workshop / "before"
     try:
         yield temporary
-        for file in filter(Path.is_file, temporary.rglob("*") if temporary.is_dir() else [temporary]):
+        for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
             with open(file, "rb+") as written:
                 os.fsync(written.fileno())  # on the disk before it has the name, should the power fail
-        os.replace(temporary, path)
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        raise
+        if path.is_dir():  # a folder takes the place of an empty one only: the one before steps aside
+            os.replace(path, before)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if before.exists():
+                os.replace(before, path)
+            raise
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def remove_leftovers(path):
+    """Remove the workshops of `replacing(path)` whose process has died."""
+    import psutil
+
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        pid = old.name.removeprefix(f"{path.name}.").removesuffix(".tmp")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def write_safetensors(path, weights, metadata=None):
+    """Write {name: tensor} to a safetensors file: whole, or not at all. A failed write is an OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        temporary.touch()
+        rights = temporary.stat().st_mode
+        try:
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"could not write {path}: {error}") from None
+        temporary.chmod(rights)  # some versions of safetensors let only the owner read
+
+
+@contextmanager
+def locked(folder):
+    """Keep a folder to this process: while another one has it, an OSError. A process that dies gives it back."""
+    import filelock
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(Path(folder) / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise OSError(f"another process is writing to {folder}: wait for it, or choose another folder") from None
 
 
 def check_gzip(path):
