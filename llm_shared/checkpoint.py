@@ -16,7 +16,6 @@ from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.resources import replacing, write_safetensors
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
-
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.bpe"}
 PROBE = "Don't stop: 12345 của chúng  ta's\n\n\t½ 日本 'S, ok?"  # a text that tokenizers cut in different ways
 

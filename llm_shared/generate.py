@@ -1,6 +1,7 @@
 """ch05 · From prompts to text: batched, cached, sampled, token by token."""
 
 import codecs
+import math
 
 import torch
 
@@ -9,21 +10,29 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
     """Draw the next token of each row: logits (B, vocab_size) → ids (B).
 
     Temperature 0 takes the likeliest. top_k keeps the k likeliest (all, if k is above the vocabulary); top_p keeps
-    the fewest likeliest that together reach p (Holtzman et al. 2020); the generator fixes the draw.
+    the fewest likeliest that together reach p (Holtzman et al. 2020); the generator fixes the draw. Logits that are
+    no numbers are a FloatingPointError.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
-    if temperature == 0:
-        return logits.max(dim=-1).indices  # the same as argmax, several times as fast on a CPU
-    logits = logits.float() / temperature
+    if (
+        not 0 <= temperature < math.inf
+        or (top_k is not None and top_k < 1)
+        or (top_p is not None and not 0 < top_p <= 1)
+    ):
+        raise ValueError("temperature must be a number of at least 0, top_k at least 1, top_p above 0 and at most 1")
+    top = logits.max(dim=-1)  # finds the same places as argmax, several times as fast on a CPU
+    if not top.values.isfinite().all():
+        raise FloatingPointError("the model's logits are no numbers any more: its weights are damaged or diverged")
+    if temperature < 1e-6 or top_k == 1:
+        return top.indices
+    logits = (logits.float() - top.values[:, None]) / temperature  # (B, vocab_size), the likeliest at 0
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None:
         ordered, places = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
-        ordered[probs.cumsum(dim=-1) - probs >= top_p] = -torch.inf  # those before it suffice
-        logits = logits.scatter(1, places, ordered)
+        enough = probs.cumsum(dim=-1) - probs >= top_p  # those before it suffice
+        logits = logits.scatter(1, places, ordered.masked_fill(enough, -torch.inf))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
@@ -33,8 +42,10 @@ def stream(model, prompts, max_new_tokens, eot_id=None, use_cache=True, generato
 
     prompts: lists of ids, of any lengths; an empty one starts from eot_id. The model sees the last context_length
     tokens at most. Past that length every position shifts by one at each step, so nothing cached stays true and
-    the whole window is computed anew. sampling: as for `sample`.
+    the whole window is computed anew. sampling: as for `sample`. Ids that the model does not have are a ValueError.
     """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
     prompts = [list(prompt) or [eot_id] for prompt in prompts]
     if [None] in prompts:
         raise ValueError("an empty prompt has no token to start from: give eot_id")
@@ -47,6 +58,8 @@ def stream(model, prompts, max_new_tokens, eot_id=None, use_cache=True, generato
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) : width] = torch.tensor(prompt, device=device)
         real[row, : width - len(prompt)] = False
+    if not 0 <= ids.min() <= ids.max() < model.config.vocab_size:
+        raise ValueError(f"token ids run from 0 to {model.config.vocab_size - 1}: take the model's own tokenizer")
     padded = not real.all()
     caches, done = None, [False] * len(prompts)
     was_training = model.training

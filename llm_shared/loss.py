@@ -10,13 +10,29 @@ IGNORED = -100  # a target with this value does not count
 CHUNK = 512  # positions whose logits exist at one time
 
 
+def cross_entropies(rows, weight, target):
+    """Return the cross-entropy of each row, nats (chunk, 1), and the probabilities (chunk, vocab_size) for its gradient.
+
+    rows (chunk, n_embd), weight (vocab_size, n_embd), target (chunk, 1). It is -log p of the target. Where the number
+    type cannot hold so small a p, the likeliest token helps out: log Σ exp = its logit - log of its p.
+    """
+    logits = rows @ weight.T  # (chunk, vocab_size)
+    probs = logits.softmax(dim=-1, dtype=logits.dtype)  # else a GPU's autocast makes it float32
+    p = probs.gather(1, target).float()
+    losses = -p.log()
+    lost = p < max(torch.finfo(dtype).tiny for dtype in (torch.float32, probs.dtype))
+    if lost.any():
+        log_sum = logits.amax(1, keepdim=True).float() - probs.amax(1, keepdim=True).float().log()
+        losses = torch.where(lost, log_sum - logits.gather(1, target).float(), losses)
+    return losses, probs
+
+
 class HeadCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of hidden @ weight.T, in nats, without ever holding the logits of the whole batch.
 
     hidden (N, n_embd), weight (vocab_size, n_embd), targets (N) → scalar. The logits of GPT-2's 50,257 tokens
     are the largest thing a small model computes. Here each chunk of them is used at once: the gradient of
-    cross-entropy, softmax(logits) - one_hot(target), needs nothing that comes later. A probability too small
-    for the number type counts as its smallest one, so a token costs at most about 87 nats.
+    cross-entropy, softmax(logits) - one_hot(target), needs nothing that comes later.
     """
 
     @staticmethod
@@ -33,9 +49,8 @@ class HeadCrossEntropy(torch.autograd.Function):
             target = targets[start : start + CHUNK, None]  # (chunk, 1)
             counts = target != IGNORED
             target = target.where(counts, 0)
-            probs = (rows @ w.T).softmax(dim=-1)  # (chunk, vocab_size)
-            p_target = probs.gather(1, target).float().clamp(min=torch.finfo(torch.float32).tiny)
-            total -= (p_target.log() * counts).sum()
+            losses, probs = cross_entropies(rows, w, target)
+            total += losses.where(counts, 0).sum()
             if train:
                 grad_logits = probs.scatter_add_(1, target, -torch.ones_like(target, dtype=dtype))
                 if not counts.all():

@@ -100,7 +100,11 @@ def test_sample_filters():
     assert frequency == pytest.approx((logits[0] / 2).softmax(0)[0].item(), abs=0.01)
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+BAD = [{"temperature": t} for t in (-1, float("nan"), float("inf"))] + [{"top_k": 0}, {"top_k": -3}]
+BAD += [{"top_p": p} for p in (0.0, 1.5, float("nan"))]
+
+
+@pytest.mark.parametrize("options", BAD)
 def test_bad_sampling(options):
     with pytest.raises(ValueError, match="temperature must be"):
         sample(torch.zeros(1, 4), **options)
@@ -113,3 +117,40 @@ def test_streamed_text_waits_for_whole_characters(tokenizer):
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(stream_text(tokenizer, tokenizer.encode(text)[:-1])).endswith("\ufffd")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"top_p": 0.5, "temperature": 2}]
+)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_are_an_error(bad, options):
+    logits = torch.zeros(2, 5)
+    logits[1] = bad
+    with pytest.raises(FloatingPointError, match="no numbers any more"):
+        sample(logits, **options)
+
+
+def test_top_k_of_one_is_greedy_even_among_equals():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0]])
+    drawn = {sample(logits, temperature=1.0, top_k=1).item() for _ in range(20)}
+    assert drawn == {sample(logits).item()}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-7, 1e-5, 1e-3])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = torch.tensor([[1000.0, 1001.0, -torch.inf, 999.0]])
+    assert sample(logits, temperature=temperature).item() == 1
+
+
+def test_a_masked_vocabulary_is_never_drawn():
+    logits = torch.tensor([[0.0, -torch.inf, 0.0]]).repeat(200, 1)
+    assert set(sample(logits, temperature=1.0, top_k=3, top_p=0.99).tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize("prompt", [[60], [3, -1], [10**9]])
+def test_ids_of_another_tokenizer_are_refused(prompt):
+    model = GPTModel(GPTConfig(vocab_size=60, context_length=8, n_embd=16, n_head=2, n_layer=1))
+    with pytest.raises(ValueError, match="run from 0 to 59: take the model's own tokenizer"):
+        generate(model, [[1], prompt], 2)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 0, not -1"):
+        generate(model, [[1]], -1)

@@ -37,10 +37,34 @@ def test_equals_cross_entropy_with_gradients(monkeypatch, chunk, ignored):
         assert torch.allclose(ours, theirs, atol=1e-10)
 
 
-def test_hopeless_targets_cost_a_lot_but_stay_finite():
-    hidden = torch.tensor([[1000.0]])
-    weight = torch.tensor([[1.0], [-1.0]])
-    assert 80 < HeadCrossEntropy.apply(hidden, weight, torch.tensor([1])).item() < 90
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gap", [0, 1, 50, 87.5, 103, 104, 200, 1e4, 6e4])
+def test_hopeless_targets_cost_what_they_cost(gap, dtype):
+    """The target is behind by a gap that no number type holds as a probability."""
+    for target in (torch.tensor([0]), torch.tensor([1])):
+        hidden = torch.tensor([[gap]], dtype=dtype)
+        weight = torch.tensor([[0.0], [1.0]], dtype=dtype, requires_grad=True)
+        loss = HeadCrossEntropy.apply(hidden, weight, target)
+        want = F.cross_entropy(hidden.double() @ weight.double().T, target)
+        close = {"rel": 5e-3, "abs": 5e-3 if dtype.itemsize == 2 else 1e-4}
+        assert loss.item() == pytest.approx(want.item(), **close)
+        (ours,), (theirs,) = torch.autograd.grad(loss, weight), torch.autograd.grad(want, weight)
+        assert ours.flatten().tolist() == pytest.approx(theirs.flatten().tolist(), **close)
+
+
+def test_one_likeliest_token_among_many_lost_ones():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(30, 8) * 40, torch.randn(200, 8)
+    targets = torch.randint(200, (30,))
+    targets[3] = IGNORED
+    want = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
+    assert want > 30 * 104  # hardly any probability is above float32's smallest
+    assert torch.allclose(HeadCrossEntropy.apply(hidden, weight, targets), want, rtol=1e-6)
+
+
+def test_a_lost_number_stays_visible():
+    loss = HeadCrossEntropy.apply(torch.tensor([[torch.nan]]), torch.ones(3, 1), torch.tensor([0]))
+    assert loss.isnan()
 
 
 def test_mixed_precision_is_close():
