@@ -72,7 +72,7 @@ def split(table, seed=0, train=0.7, val=0.1):
     """Return (train, validation, test): random parts, alike in labels; a label too rare to be in each is a ValueError."""
     table = table.sample(frac=1, random_state=seed)
     groups = table.groupby("label").label
-    place = groups.cumcount() / groups.transform("size")  # of a row among those of its label: 0 ≤ place < 1
+    place = (groups.cumcount() + 0.5) / groups.transform("size")  # of a row among those of its label: 0 < place < 1
     parts = table[place < train], table[(train <= place) & (place < train + val)], table[train + val <= place]
     for part, share in zip(parts, (train, val, train + val < 1), strict=True):
         if share and part.label.nunique() < max(groups.ngroups, 1):
