@@ -15,41 +15,51 @@ from torch.utils.data import DataLoader
 
 from llm_shared.checkpoint import build_model, read_safetensors
 from llm_shared.data import EpochOrder
+from llm_shared.download import hash_file
 from llm_shared.gpt import GPTConfig
 from llm_shared.loss import autocast
-from llm_shared.resources import fetch, replacing
+from llm_shared.resources import DOWNLOADS, fetch, replacing
 from llm_shared.training import make_optimizer, train
 
+LABELS = {"0": 0, "0.0": 0, "false": 0, "ham": 0, "1": 1, "1.0": 1, "true": 1, "spam": 1}
 # The longest real message has 910 characters; a longer row is many messages glued together by a lost quotation mark.
 LONGEST = 1000
 
 
 def read_messages(source="bundled"):
-    """Return a DataFrame of distinct messages, columns text and label (1: spam, 0: not).
+    """Return a DataFrame of distinct messages, columns text and label (1: spam, 0: not); print what is left out.
 
-    source: "bundled", "uci" (the whole SMS Spam Collection, downloaded once), or a CSV file with these two columns. A
-    file that is empty, no table, without these columns, or with one label only, is a ValueError.
+    source: "bundled", "uci" (downloaded once), or a CSV file with these columns and both labels, else a ValueError.
     """
     import pandas as pd
 
+    exact = {"dtype": str, "keep_default_na": False}  # a message may be NA, or 123
     try:
         if source == "uci":  # no head line, tabs, and quotation marks that belong to the text
-            with (
-                zipfile.ZipFile(fetch("sms-spam-collection.zip")) as archive,
-                archive.open("SMSSpamCollection") as file,
-            ):
-                table = pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE, names=["label", "text"])
-            table["label"] = table.label.map({"spam": 1, "ham": 0})
+            archive = fetch("sms-spam-collection.zip")
+            if hash_file(archive) != DOWNLOADS["sms-spam-collection.zip"].sha256:
+                raise OSError(f"{archive} is damaged: delete it to download it again")
+            with zipfile.Path(archive, "SMSSpamCollection").open("rb") as file:
+                table = pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE, names=["label", "text"], **exact)
         else:
-            table = pd.read_csv(fetch("sms-spam.csv") if source == "bundled" else source)
+            table = pd.read_csv(fetch("sms-spam.csv") if source == "bundled" else source, **exact)
             table = table.rename(columns={"spam": "label"}) if source == "bundled" else table
-        table = table[["text", "label"]].dropna().drop_duplicates("text")
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} is not a CSV file in UTF-8 with the columns text and label: {error}") from None
-    if set(table.label) != {0, 1}:
-        raise ValueError(f"{source}: labels must be 0 and 1, and both occur; there are {sorted(set(table.label))}")
-    table = table[table.text.str.len() <= LONGEST]
-    return table.astype({"label": int}).reset_index(drop=True)
+        if not {"text", "label"} <= {*table} or not isinstance(table.index, pd.RangeIndex):
+            raise ValueError(f"the head line is {[*table]}, and each row needs as many cells")
+    except ValueError as error:  # also those of pandas
+        raise ValueError(f"{source} is no CSV in UTF-8 with the columns text and label: {str(error).strip()}") from None
+    labels, left_out = {}, []
+    for row, text, said in zip(table.index + 2, table.text, table.label, strict=True):
+        label = LABELS.get(said.strip().lower())
+        if not text.strip() or len(text) > LONGEST:
+            left_out.append(f"longer than {LONGEST} characters" if text.strip() else "empty")
+        elif label is None or labels.setdefault(text, label) != label:
+            raise ValueError(f"{source}, row {row}: the label is {said!r}; write 0 or 1, for the same text the same")
+    for reason in sorted(set(left_out)):
+        print(f"{source}: {left_out.count(reason)} rows left out: {reason}")
+    if set(labels.values()) != {0, 1}:
+        raise ValueError(f"{source}: labels must be 0 and 1, and both occur; there are {sorted(set(labels.values()))}")
+    return pd.DataFrame(labels.items(), columns=["text", "label"])
 
 
 def balance(table, seed=0):
@@ -59,23 +69,33 @@ def balance(table, seed=0):
 
 
 def split(table, seed=0, train=0.7, val=0.1):
-    """Return (train, validation, test): random parts of a table; the test set is what the two shares leave."""
+    """Return (train, validation, test): random parts, alike in labels; a label too rare to be in each is a ValueError."""
     table = table.sample(frac=1, random_state=seed)
-    first, second = round(train * len(table)), round((train + val) * len(table))
-    return table[:first], table[first:second], table[second:]
+    groups = table.groupby("label").label
+    place = (groups.cumcount() + 0.5) / groups.transform("size")  # of a row among those of its label: 0 < place < 1
+    parts = table[place < train], table[(train <= place) & (place < train + val)], table[train + val <= place]
+    for part, share in zip(parts, (train, val, train + val < 1), strict=True):
+        if share and part.label.nunique() < max(groups.ngroups, 1):
+            raise ValueError(f"too few rows to have each label in each part: {groups.size().to_dict()}")
+    return parts
 
 
 def encode_messages(table, tokenizer, max_length):
     """Return a list of (ids, label); of a longer message the first max_length ids. An empty text becomes one <|endoftext|>."""
+    if max_length < 1 or tokenizer.eot_token is None:
+        raise ValueError(f"max_length must be at least 1, not {max_length}, and the tokenizer must know <|endoftext|>")
     encoded = [tokenizer.encode_ordinary(text)[:max_length] or [tokenizer.eot_token] for text in table.text]
     return list(zip(encoded, table.label.tolist(), strict=True))
 
 
 def pad_batch(items, pad_id=50256, width=None):
     """Return (ids (B, T), lengths (B), labels (B)) of B items; shorter rows are filled up on the right with pad_id."""
-    width = width or max(len(ids) for ids, _ in items)
+    lengths = [len(ids) for ids, _ in items]
+    width = max(lengths, default=0) if width is None else width
+    if not 0 < min(lengths, default=0) <= max(lengths) <= width:
+        raise ValueError(f"a batch needs rows, each of 1 to {width} ids; theirs are {lengths}")
     rows = [ids + [pad_id] * (width - len(ids)) for ids, _ in items]
-    return torch.tensor(rows), torch.tensor([len(ids) for ids, _ in items]), torch.tensor([label for _, label in items])
+    return torch.tensor(rows), torch.tensor(lengths), torch.tensor([label for _, label in items])
 
 
 def create_message_loader(items, batch_size, shuffle=True, seed=0, pad_id=50256):
@@ -103,10 +123,7 @@ class GPTClassifier(nn.Module):
 
 
 def train_only(model, layers):
-    """Freeze all parameters but those whose names start with one of layers, such as "gpt.blocks.3"; "all" is all.
-
-    A name that fits nothing is a ValueError.
-    """
+    """Freeze all parameters but those of layers, such as "gpt.blocks.3"; "all" is all, an unknown name a ValueError."""
     for layer in layers:
         if layer != "all" and not any(f"{name}.".startswith(f"{layer}.") for name, _ in model.named_parameters()):
             tops = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters()))
@@ -123,8 +140,7 @@ def classification_loss(model, ids, lengths, labels):
 @torch.no_grad()
 def predict(model, loader, dtype=torch.float32):
     """Return (probabilities (N, n_classes), labels (N)) over a loader."""
-    device = next(model.parameters()).device
-    was_training = model.training
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
     probs, labels = [], []
     with autocast(device, dtype):
@@ -132,21 +148,21 @@ def predict(model, loader, dtype=torch.float32):
             probs.append(model(ids.to(device), lengths.to(device)).float().softmax(-1).cpu())
             labels.append(targets)
     model.train(was_training)
+    if not labels:
+        raise ValueError("the loader holds no batch: there is nothing to predict")
     return torch.cat(probs), torch.cat(labels)
 
 
 def scores(probs, labels):
     """Return accuracy, the confusion matrix [true][predicted], and precision and recall of label 1, nan where undefined."""
     predicted, n = probs.argmax(-1), probs.shape[1]
+    if n < 2 or not set(labels.tolist()) <= set(range(n)):
+        raise ValueError(f"of {n} classes the labels cannot be {sorted(set(labels.tolist()))}")
     confusion = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
     hits, said, true = confusion[1, 1], confusion[:, 1].sum(), confusion[1].sum()
     accuracy = (predicted == labels).double().mean().item()
-    return {
-        "accuracy": accuracy,
-        "confusion": confusion.tolist(),
-        "precision": (hits / said).item(),
-        "recall": (hits / true).item(),
-    }
+    precision, recall = (hits / said).item(), (hits / true).item()
+    return {"accuracy": accuracy, "confusion": confusion.tolist(), "precision": precision, "recall": recall}
 
 
 def finetune_classifier(
@@ -157,9 +173,9 @@ def finetune_classifier(
 
     schedule(lr, steps) makes the step → learning rate that `train` asks for; without one lr stays.
     """
+    if epochs < 1 or not 0 < lr < float("inf"):
+        raise ValueError(f"epochs must be at least 1 and lr a number above 0, not {epochs} and {lr}")
     items = [encode_messages(part, tokenizer, max_length) for part in split(table, seed)]
-    if not all(items):
-        raise ValueError(f"{len(table)} messages are too few to train, validate and test on")
     loader, val_loader, test_loader = (
         create_message_loader(part, batch_size, i == 0, seed, tokenizer.eot_token) for i, part in enumerate(items)
     )

@@ -35,8 +35,8 @@ def write_tokens(text_path, tokens_path, tokenizer):
 
     <|endoftext|> in the text becomes its one id. A text that is missing, empty or not UTF-8 leaves no file behind.
     """
-    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    tokens_path = Path(tokens_path).with_suffix(f".{np.dtype(dtype).name}")
+    dtype = "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
+    tokens_path = Path(f"{str(tokens_path).removesuffix(f'.{dtype}')}.{dtype}")  # corpus.train keeps its .train
     with replacing(tokens_path) as temporary, open(temporary, "wb") as file:
         for block in read_blocks(text_path):
             np.array(tokenizer.encode(block, allowed_special="all"), dtype).tofile(file)
@@ -47,7 +47,10 @@ def write_tokens(text_path, tokens_path, tokenizer):
 
 def load_tokens(path):
     """Return the ids of a token file as a memory-mapped array (N): read from the disk only where they are used."""
-    return np.memmap(path, dtype=Path(path).suffix.removeprefix("."), mode="r")
+    dtype, size = Path(path).suffix.removeprefix("."), Path(path).stat().st_size
+    if dtype not in ("uint16", "uint32") or not size or size % np.dtype(dtype).itemsize:
+        raise ValueError(f"{path} ({size} bytes) is no whole .uint16 or .uint32 file, such as write_tokens makes")
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
 class TokenWindows(Dataset):
@@ -65,6 +68,9 @@ class TokenWindows(Dataset):
                 f"{len(tokens)} tokens are too few for one window of {context_length} and its target: "
                 "take a longer text, or a shorter context length"
             )
+        tokens = np.asarray(tokens)
+        if tokens.dtype.kind not in "iu" or tokens.dtype.kind == "i" and tokens.min() < 0:
+            raise ValueError(f"tokens must be whole numbers from 0 on; these {tokens.dtype} are not")
         windows = np.lib.stride_tricks.sliding_window_view(tokens, context_length + 1)  # a view, not a copy
         self.windows = windows[::stride]  # (number of windows, context_length + 1)
 

@@ -113,3 +113,63 @@ def test_bad_windows():
     for context_length, stride in ((0, 1), (1, 0), (2, -1)):
         with pytest.raises(ValueError, match="at least 1"):
             TokenWindows(np.arange(10), context_length, stride)
+
+
+def test_names_with_dots_keep_them(tmp_path):
+    (tmp_path / "text").write_text("abc", encoding="utf-8")
+    for name in ("corpus.train", "corpus.val", "v1.0", "corpus", "again.uint16"):
+        path = write_tokens(tmp_path / "text", tmp_path / "out" / name, gpt2_tokenizer())
+        assert path.name == f"{name.removesuffix('.uint16')}.uint16" and load_tokens(path).tolist() == [39305]
+    assert len(list((tmp_path / "out").iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokens.uint16", b""),
+        ("tokens.uint16", b"123"),
+        ("tokens.uint32", b"123456"),
+        ("tokens.txt", b"1234"),
+        ("tokens", b"1234"),
+        ("tokens.float32", b"12345678"),
+        ("tokens.uint8", b"1234"),
+        ("tokens.int64", b"12345678"),
+    ],
+)
+def test_no_token_file_is_a_line_with_its_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} \({len(content)} bytes\) is no whole .uint16 or .uint32 file"):
+        load_tokens(tmp_path / name)
+    with pytest.raises(OSError, match="nowhere"):
+        load_tokens(tmp_path / "nowhere.uint16")
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [1.0, 2.0, 3.0],
+        np.array([1.5, 2.5, np.nan]),
+        torch.rand(5),
+        np.array([True, False, True]),
+        np.array([1, -1, 2]),
+        [5, 6, -100],
+        ["1", "2", "3"],
+        [1 << 70, 2, 3],
+    ],
+)
+def test_what_is_no_token_is_refused(tokens):
+    with pytest.raises(ValueError, match="tokens must be whole numbers from 0 on"):
+        TokenWindows(tokens, 2, 1)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.uint8, np.uint16, np.uint32, np.int32, np.int64])
+def test_tokens_may_come_in_any_kind_of_whole_numbers(kind):
+    tokens = kind([10, 11, 12, 13]) if kind in (list, torch.tensor) else np.array([10, 11, 12, 13], kind)
+    x, y = TokenWindows(tokens, 2, 1)[1]
+    assert x.tolist() == [11, 12] and y.tolist() == [12, 13] and x.dtype == torch.int64
+
+
+def test_a_batch_of_nothing_is_refused():
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match="batch_size"):
+            create_dataloader(np.arange(9), batch_size, 2, 1)

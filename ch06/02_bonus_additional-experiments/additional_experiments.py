@@ -157,8 +157,6 @@ def run_once(args, table, seed):
     gpt, tokenizer = open_model(args.model)
     model = build(gpt, args).to(args.device)
     parts = [encode_messages(part, tokenizer, args.max_length) for part in split(balance(table, seed), seed)]
-    if not all(parts):
-        raise ValueError(f"{len(table)} messages are too few to train, validate and test on")
     loader = make_loader(parts[0], args, gpt, tokenizer.eot_token, seed)
     plain = [make_loader(part, args, gpt, tokenizer.eot_token) for part in parts]
     steps = max(1, args.epochs * len(loader) // args.accumulate)

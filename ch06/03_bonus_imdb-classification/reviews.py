@@ -26,7 +26,12 @@ REVIEW = re.compile(r"aclImdb/(?:(train|test)/(?:(pos)/\d+_(?:7|8|9|10)|neg/\d+_
 
 def read_snippets():
     """Split the bundled sentences 70 : 10 : 20, always in the same way; the mean of the raters decides the label."""
-    table = pd.read_csv(SNIPPETS, sep="\t", quoting=csv.QUOTE_NONE)
+    try:  # a sentence may be NA
+        table = pd.read_csv(SNIPPETS, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype={"text": str})
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{SNIPPETS} could not be read: {str(error).strip()}; take it from the repository again"
+        ) from None
     table = table[table.sentiment.abs() >= NEUTRAL].drop_duplicates("text")
     return split(table.assign(label=(table.sentiment > 0).astype(int))[["text", "label"]])
 
@@ -66,9 +71,8 @@ def read_imdb():
         raise ValueError(f"{path} is not the expected file (sha256 {sha256[:12]}…): delete it to download it again")
     tables = read_archive(path)
     train = tables["train"].drop_duplicates("text")
-    train = train[~train.text.isin(tables["test"].text)].sample(frac=1, random_state=0)
-    n_val = max(1, len(train) // 10)
-    return train[n_val:], train[:n_val], tables["test"]
+    train, val, _ = split(train[~train.text.isin(tables["test"].text)], train=0.9, val=0.1)
+    return train, val, tables["test"]
 
 
 READERS = {"snippets": read_snippets, "imdb": read_imdb}
