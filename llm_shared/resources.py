@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from llm_shared.download import download
+from llm_shared.download import download, verify
 
 ASSETS = Path(__file__).parent / "assets"
-CACHE = Path(os.environ.get("LLM_CACHE", Path.home() / ".cache" / "llm_shared"))
+CACHE = Path(os.environ.get("LLM_CACHE") or "~/.cache/llm_shared")  # "~" is looked up later: not everybody has a home
 
 
 class Download(NamedTuple):
@@ -24,6 +24,7 @@ class Download(NamedTuple):
 
 
 HUB = "https://huggingface.co/openai-community"
+MIRRORS = {"https://huggingface.co": "https://hf-mirror.com"}  # the second copies the first
 DOWNLOADS = {
     "gpt2-small (124M)/model.safetensors": Download(
         f"{HUB}/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors",
@@ -49,9 +50,10 @@ DOWNLOADS = {
 
 
 def fetch(name):
-    """Return the path of the file called name: bundled with the package, else cached, else downloaded and verified.
+    """Return the path of the file called name: bundled with the package, else cached, else downloaded; verified.
 
-    With LLM_OFFLINE=1 nothing is downloaded. A name that nobody knows is a ValueError, a failed download an OSError.
+    With LLM_OFFLINE=1 nothing is downloaded. A name that nobody knows, or another file of that name in the cache, is
+    a ValueError, a failed download an OSError.
     """
     bundled = {
         path.relative_to(ASSETS).as_posix(): path for path in sorted(ASSETS.rglob("*.*")) if path.suffix != ".md"
@@ -59,20 +61,24 @@ def fetch(name):
     if name in bundled:
         return bundled[name]
     if name not in DOWNLOADS:
-        raise ValueError(f"no file is called {name!r}; there are {', '.join([*bundled, *DOWNLOADS])}")
-    path = CACHE / name
+        raise ValueError(f"{name!r} does not exist, and is none of {', '.join([*bundled, *DOWNLOADS])}")
+    try:
+        cache = CACHE.expanduser()
+    except RuntimeError:
+        raise OSError(f"there is no place for {CACHE}: set LLM_CACHE to a folder for downloads") from None
+    path, (url, sha256) = cache / name, DOWNLOADS[name]
     if not path.is_file():
         if os.environ.get("LLM_OFFLINE") == "1":
             raise OSError(
-                f"{name} is not in {CACHE} and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there"
+                f"{name} is not in {cache} and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there"
             )
-        url, sha256 = DOWNLOADS[name]
+        urls = [url, *(url.replace(hub, mirror) for hub, mirror in MIRRORS.items() if url.startswith(hub))]
         try:
-            download(url, sha256, path)
+            download(urls, sha256, path)
         except OSError as error:
-            raise OSError(
-                f"could not download {name} from {url}: {error}; check the connection and run again"
-            ) from None
+            advice = "check the connection" if error.errno is None else "make room, or set LLM_CACHE to another folder,"
+            raise OSError(f"could not download {name} from {url}: {error}; {advice} and run again") from None
+    verify(path, sha256)
     return path
 
 
