@@ -1,13 +1,14 @@
 """setup · fetch(name): the one way to a file, bundled, cached or downloaded; and writing that never leaves half a file."""
 
-import gzip
+import errno
 import os
+import re
 import shutil
 import tarfile
+import unicodedata
 import zipfile
-import zlib
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from llm_shared.download import download, verify
@@ -105,32 +106,50 @@ def replacing(path):
         raise
 
 
-def check_gzip(path):
-    """Read a gzip file to its end, where its checksum is; tarfile alone takes a damaged member for the end of the archive."""
-    with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            with gzip.open(path) as stream:
-                while stream.read(1 << 20):
-                    pass
+# One part of a name that works on every system: Windows has devices, drives and forbidden characters.
+SAFE = re.compile(r"(?i)(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[^/\\:*?\"<>|\x00-\x1f]*[^/\\:*?\"<>|\x00-\x1f. ]")
+
+
+def check_members(members, folder):
+    """Raise a ValueError unless an archive's members, (name, size, is a folder), fit into folder, on every system."""
+    files, folders = [], set()
+    for name, _, is_folder in members:
+        parts = PurePosixPath(unicodedata.normalize("NFC", name).casefold()).parts
+        if not all(map(SAFE.fullmatch, parts)):
+            raise ValueError(f"{name!r} leads out of the folder, or is no name on every system")
+        files += [parts] * (not is_folder)
+        folders |= {parts[:i] for i in range(len(parts) + is_folder)}
+    if not files or len(set(files)) < len(files) or not folders.isdisjoint(files):
+        raise ValueError("it holds no file, or two members of one name, large and small letters aside")
+    if (needed := sum(size for _, size, _ in members)) > shutil.disk_usage(folder).free:
+        raise ValueError(f"it needs {needed:,} bytes, more than the disk has left")
 
 
 def unpack(archive, folder):
     """Extract a .zip or .tar archive to a folder that does not exist yet: all of it, or nothing.
 
-    An archive that is damaged, or holds a name that leads out of the folder, is a ValueError.
+    An archive that is damaged, or holds a link or a name that leads out of the folder, is a ValueError.
     """
     try:
         with replacing(folder) as temporary:
             temporary.mkdir()
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(archive) as file:
-                    for name in file.namelist():
-                        if not (temporary / name).resolve().is_relative_to(temporary.resolve()) or "\\" in name:
-                            raise ValueError(f"{name!r} leads out of the folder")
+                    members = [(info.filename, info.file_size, info.is_dir()) for info in file.infolist()]
+                    check_members(members, temporary)
+                    file.fp.seek(-12 - len(file.comment), os.SEEK_END)  # where their number stands, 0xFFFF for more
+                    if int.from_bytes(file.fp.read(2), "little") != min(len(members), 0xFFFF):
+                        raise ValueError("its list of members is damaged")
                     file.extractall(temporary)
             else:
-                check_gzip(archive)
                 with tarfile.open(archive) as file:
+                    check_members([(info.name, info.size, info.isdir()) for info in file.getmembers()], temporary)
+                    file.fileobj.seek(file.offset)  # for tarfile a damaged member is the end, but that is made of zeros
+                    rest = list(map(any, iter(lambda: file.fileobj.read(tarfile.BLOCKSIZE), b"")))
+                    if any(rest) or not rest:
+                        raise ValueError("it is damaged or cut short")
                     file.extractall(temporary, filter="data")
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise ValueError(f"{archive} was not unpacked: {error}") from None
+    except Exception as error:  # a damaged archive makes its reader stumble over anything
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # over the disk
+        raise ValueError(f"{archive} was not unpacked: {error}".splitlines()[0]) from None
