@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import re
+import zlib
 from pathlib import Path
 
 from llm_shared.cli import run
@@ -18,7 +19,7 @@ def read_book(path):
     try:
         with open_text(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not UTF-8 text, or a damaged archive: {error}") from None
     text = re.sub(r"(?s)\A.*?\*\*\* ?START OF TH[^\n]*\*\*\*", "", text)
     text = re.sub(r"(?s)\*\*\* ?END OF TH[^\n]*\*\*\*.*\Z", "", text)
