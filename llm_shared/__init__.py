@@ -3,6 +3,7 @@
 CHAPTERS = {
     "download": "setup",
     "resources": "setup",
+    "archive": "setup",
     "hardware": "setup",
     "cli": "setup",
     "results": "setup",

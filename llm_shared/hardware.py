@@ -10,25 +10,28 @@ BFLOAT16_UNITS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # of t
 
 def pick_device(name="auto"):
     """Return the torch.device called name; auto is cuda, else mps, else cpu. One that is missing is a ValueError."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cuda": cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    names = [kind if i == 0 else f"{kind}:{i}" for kind, count in counts.items() for i in range(count)]
     if name == "auto":
-        return torch.device(next(kind for kind, there in present.items() if there))
-    if not present.get(name.split(":")[0]):
-        raise ValueError(
-            f"device {name!r} is not on this machine; use {' or '.join(k for k, there in present.items() if there)}"
-        )
+        return torch.device(names[0])
+    if name.removesuffix(":0") not in names:
+        raise ValueError(f"device {name!r} is not on this machine; use {' or '.join(names)}")
     return torch.device(name)
 
 
 def pick_dtype(name, device):
-    """Return torch.float32 or torch.bfloat16; auto is bfloat16 where the device computes it natively."""
+    """Return torch.float32 or torch.bfloat16; auto is bfloat16 where the device computes it natively. Another is a ValueError."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     native = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         "cpu": lambda: any(getattr(torch.cpu, name, bool)() for name in BFLOAT16_UNITS),
     }
     if name == "auto":
         return torch.bfloat16 if native.get(device.type, lambda: False)() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if name not in dtypes:
+        raise ValueError(f"number type {name!r} is none of auto, {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def keep_freed_memory():

@@ -1,20 +1,16 @@
 """setup · fetch(name): the one way to a file, bundled, cached or downloaded; and writing that never leaves half a file."""
 
 import glob
-import gzip
 import os
 import shutil
-import tarfile
-import zipfile
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from llm_shared.download import download
+from llm_shared.download import download, verify
 
 ASSETS = Path(__file__).parent / "assets"
-CACHE = Path(os.environ.get("LLM_CACHE", Path.home() / ".cache" / "llm_shared"))
+CACHE = Path(os.environ.get("LLM_CACHE") or "~/.cache/llm_shared")  # "~" is looked up later: not everybody has a home
 
 
 class Download(NamedTuple):
@@ -24,7 +20,8 @@ class Download(NamedTuple):
     sha256: str
 
 
-HUB = "https://huggingface.co/openai-community"
+SITE = "https://huggingface.co"
+HUB = f"{SITE}/openai-community"
 DOWNLOADS = {
     "gpt2-small (124M)/model.safetensors": Download(
         f"{HUB}/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors",
@@ -50,9 +47,10 @@ DOWNLOADS = {
 
 
 def fetch(name):
-    """Return the path of the file called name: bundled with the package, else cached, else downloaded and verified.
+    """Return the path of the file called name: bundled with the package, else cached, else downloaded; verified.
 
-    With LLM_OFFLINE=1 nothing is downloaded. A name that nobody knows is a ValueError, a failed download an OSError.
+    With LLM_OFFLINE=1 nothing is downloaded. A name that nobody knows, or another file of that name in the cache, is
+    a ValueError, a failed download an OSError.
     """
     bundled = {
         path.relative_to(ASSETS).as_posix(): path for path in sorted(ASSETS.rglob("*.*")) if path.suffix != ".md"
@@ -60,20 +58,24 @@ def fetch(name):
     if name in bundled:
         return bundled[name]
     if name not in DOWNLOADS:
-        raise ValueError(f"no file is called {name!r}; there are {', '.join([*bundled, *DOWNLOADS])}")
-    path = CACHE / name
+        raise ValueError(f"{name!r} does not exist, and is none of {', '.join([*bundled, *DOWNLOADS])}")
+    try:
+        cache = CACHE.expanduser()
+    except RuntimeError:
+        raise OSError(f"there is no place for {CACHE}: set LLM_CACHE to a folder for downloads") from None
+    path, (url, sha256) = cache / name, DOWNLOADS[name]
     if not path.is_file():
         if os.environ.get("LLM_OFFLINE") == "1":
             raise OSError(
-                f"{name} is not in {CACHE} and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there"
+                f"{name} is not in {cache} and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there"
             )
-        url, sha256 = DOWNLOADS[name]
+        mirror = os.environ.get("HF_ENDPOINT", SITE)  # the variable that sends transformers, too, to a mirror
         try:
-            download(url, sha256, path)
+            download(list(dict.fromkeys([url.replace(SITE, mirror), url])), sha256, path)
         except OSError as error:
-            raise OSError(
-                f"could not download {name} from {url}: {error}; check the connection and run again"
-            ) from None
+            advice = "check the connection" if error.errno is None else "make room, or set LLM_CACHE to another folder,"
+            raise OSError(f"could not download {name} from {url}: {error}; {advice} and run again") from None
+    verify(path, sha256)
     return path
 
 
@@ -142,34 +144,3 @@ def locked(folder):
             yield
     except filelock.Timeout:
         raise OSError(f"another process is writing to {folder}: wait for it, or choose another folder") from None
-
-
-def check_gzip(path):
-    """Read a gzip file to its end, where its checksum is; tarfile alone takes a damaged member for the end of the archive."""
-    with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            with gzip.open(path) as stream:
-                while stream.read(1 << 20):
-                    pass
-
-
-def unpack(archive, folder):
-    """Extract a .zip or .tar archive to a folder that does not exist yet: all of it, or nothing.
-
-    An archive that is damaged, or holds a name that leads out of the folder, is a ValueError.
-    """
-    try:
-        with replacing(folder) as temporary:
-            temporary.mkdir()
-            if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as file:
-                    for name in file.namelist():
-                        if not (temporary / name).resolve().is_relative_to(temporary.resolve()) or "\\" in name:
-                            raise ValueError(f"{name!r} leads out of the folder")
-                    file.extractall(temporary)
-            else:
-                check_gzip(archive)
-                with tarfile.open(archive) as file:
-                    file.extractall(temporary, filter="data")
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise ValueError(f"{archive} was not unpacked: {error}") from None

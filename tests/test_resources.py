@@ -1,13 +1,10 @@
 import hashlib
-import io
 import re
-import tarfile
-import zipfile
 
 import pytest
 
 from llm_shared.gpt import CONFIGS
-from llm_shared.resources import ASSETS, DOWNLOADS, fetch, replacing, unpack
+from llm_shared.resources import ASSETS, DOWNLOADS, fetch, replacing
 
 
 def test_bundled_files_are_those_of_the_datasheet():
@@ -24,9 +21,9 @@ def test_bundled_files_are_those_of_the_datasheet():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="no file is called 'nothing'; there are .*gpt2/vocab.bpe"):
+    with pytest.raises(ValueError, match="'nothing' does not exist, and is none of .*gpt2/vocab.bpe"):
         fetch("nothing")
-    with pytest.raises(ValueError, match="no file is called"):
+    with pytest.raises(ValueError, match="does not exist"):
         fetch("../resources.py")
 
 
@@ -53,65 +50,3 @@ def test_every_download_is_pinned():
     for url, sha256 in DOWNLOADS.values():
         assert url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", sha256)
     assert len({download.sha256 for download in DOWNLOADS.values()}) == len(DOWNLOADS)
-
-
-def make_archive(path, names):
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name in names:
-                archive.writestr(name, "text")
-    else:
-        with tarfile.open(path, "w:gz") as archive:
-            for name in names:
-                member = tarfile.TarInfo(name)
-                member.size = 4
-                archive.addfile(member, io.BytesIO(b"text"))
-    return path
-
-
-@pytest.mark.parametrize("kind", ["a.zip", "a.tar.gz"])
-def test_archives_are_unpacked(tmp_path, kind):
-    unpack(make_archive(tmp_path / kind, ["one.txt", "deep/two.txt"]), tmp_path / "out")
-    assert (tmp_path / "out/deep/two.txt").read_text() == "text"
-
-
-@pytest.mark.parametrize("kind", ["a.zip", "a.tar.gz"])
-@pytest.mark.parametrize("name", ["../evil.txt", "deep/../../evil.txt", "/tmp/evil.txt"])
-def test_names_that_lead_out_are_refused(tmp_path, kind, name):
-    archive = make_archive(tmp_path / kind, ["good.txt", name])
-    if kind == "a.tar.gz" and name.startswith("/"):
-        unpack(archive, tmp_path / "out")  # tar's own rule: the leading slash goes
-        assert (tmp_path / "out" / name[1:]).is_file()
-        return
-    with pytest.raises(ValueError, match="was not unpacked") as caught:
-        unpack(archive, tmp_path / "out")
-    assert "\n" not in str(caught.value) and "evil.txt" in str(caught.value)
-    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("evil.txt"))
-
-
-def test_links_that_lead_out_are_refused(tmp_path):
-    link = tarfile.TarInfo("link")
-    link.type, link.linkname = tarfile.SYMTYPE, "../../outside"
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        archive.addfile(link)
-    with pytest.raises(ValueError, match="was not unpacked"):
-        unpack(tmp_path / "a.tar", tmp_path / "out")
-
-
-def test_half_an_archive_leaves_nothing(tmp_path):
-    for kind in ("a.zip", "a.tar.gz"):
-        archive = make_archive(tmp_path / kind, [f"{i}.txt" for i in range(50)])
-        archive.write_bytes(archive.read_bytes()[:-200])
-        with pytest.raises(ValueError, match="was not unpacked"):
-            unpack(archive, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_archive_leaves_nothing(tmp_path):
-    archive = make_archive(tmp_path / "a.tar.gz", [f"{i}.txt" for i in range(500)])
-    content = bytearray(archive.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 50] = bytes(50)
-    archive.write_bytes(content)
-    with pytest.raises(ValueError, match="was not unpacked"):
-        unpack(archive, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -1,11 +1,22 @@
+import argparse
+import gzip
+import io
+import os
 import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from samples import one_line
+from samples import ROOT, one_line
 
 from llm_shared.checkpoint import newest_checkpoint, save_model
 from llm_shared.classify import load_classifier
+from llm_shared.cli import natural, positive_int, run
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
@@ -13,6 +24,9 @@ TRAIN = "ch05/01_main-chapter-code/gpt_train.py"
 GENERATE = "ch05/01_main-chapter-code/gpt_generate.py"
 CLASSIFY = "ch06/01_main-chapter-code/gpt_class_finetune.py"
 GPT = "ch04/01_main-chapter-code/gpt.py"
+SENTIMENT = "ch06/03_bonus_imdb-classification/sentiment.py"
+EXPERIMENTS = "ch06/02_bonus_additional-experiments/additional_experiments.py"
+BOOKS = "ch05/03_bonus_pretraining_on_gutenberg/prepare_books.py"
 VIETNAMESE = "Điều 1. Bộ luật này quy định quyền và nghĩa vụ của cá nhân trong các quan hệ dân sự.\n" * 40
 TINY = "--context-length 16 --batch-size 2 --steps 3 --eval-every 2 --warmup-steps 1".split()
 
@@ -44,7 +58,6 @@ def test_train_resume_and_generate_on_vietnamese(script, script_here, vietnamese
     assert first.returncode == 0 and first.stdout.startswith("Điều 2")
     assert first.stdout == again.stdout != script_here(*write, "--seed", 7).stdout
     assert script_here(*write, "--prompt", "").returncode == 0
-    one_line(script_here(*write, "--top-k", 0), "top_k at least 1")
 
 
 def test_training_gets_well_under_the_unigram_entropy(script_here, moby_dick, tmp_path):
@@ -74,7 +87,8 @@ def test_help_shows_defaults(script_here, path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no file is called"),
+        (None, "data.txt' does not exist, and is none of"),
+        ("folder", "data.txt"),
         (b"", "is empty"),
         (b"\x89PNG\r\n\x1a\n", "is not UTF-8 text"),
         (b"GIF\x00\x01", "holds zero bytes"),
@@ -83,7 +97,9 @@ def test_help_shows_defaults(script_here, path):
 )
 def test_bad_data(script_here, tmp_path, content, message):
     data, out = tmp_path / "data.txt", tmp_path / "out"
-    if content is not None:
+    if content == "folder":
+        data.mkdir()
+    elif content is not None:
         data.write_bytes(content)
     one_line(script_here(TRAIN, *TINY, "--data", data, "--out", out), message)
     assert newest_checkpoint(out) is None
@@ -92,14 +108,6 @@ def test_bad_data(script_here, tmp_path, content, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--steps 0", "steps must be at least 1"),
-        ("--batch-size -3", "batch_size must be at least 1"),
-        ("--lr 0", "lr must be a number above 0"),
-        ("--lr nan", "lr must be a number above 0"),
-        ("--val-fraction 1", "val_fraction must lie between 0 and 1"),
-        ("--dropout 1.5", "dropout must be"),
-        ("--context-length -1", "context_length must be"),
-        ("--warmup-steps -1", "warmup_steps must be at least 0"),
         ("--device abacus", "device 'abacus' is not on this machine"),
         ("--resume", "holds no checkpoint to resume"),
         ("--tokenizer nowhere.bpe", "nowhere.bpe"),
@@ -110,9 +118,245 @@ def test_nonsense(script_here, vietnamese, tmp_path, options, message):
     one_line(script_here(TRAIN, *TINY, *vietnamese, *options.split(), "--out", tmp_path / "out"), message)
 
 
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (TRAIN, "--context-length --dropout --steps --batch-size --accumulate --lr --warmup-steps --weight-decay --clip --val-fraction --eval-every --seed"),
+        (GENERATE, "--max-new-tokens --temperature --top-k --top-p --seed"),
+        (GPT, "--max-new-tokens --seed"),
+        (CLASSIFY, "--max-length --epochs --batch-size --lr --seeds"),
+        (SENTIMENT, "--train-texts --max-length --epochs --batch-size --lr --seeds"),
+        (EXPERIMENTS, "--row --lora-rank --batch-size --accumulate --filler --epochs --lr --max-length --seeds"),
+    ],
+    ids=["train", "generate", "gpt", "classify", "sentiment", "experiments"],
+)  # fmt: skip
+def test_numbers_that_make_no_sense(numbers_of, monkeypatch, tmp_path, path, options):
+    """Every option of every script that takes a number refuses them before anything is loaded or written."""
+    monkeypatch.chdir(tmp_path)
+    assert set(numbers_of(path)) == set(options.split())
+    wrong = ["-1", "nan", "inf", "-inf", "1e400", "", "x", "½", "0x10", "1,5", "9" * 5000]
+    for option in options.split():
+        for value in [*wrong, *ALSO_WRONG.get(option, [])]:
+            status, said = numbers_of(path, option, value)
+            assert status == 2 and said.splitlines()[-1].startswith(
+                f"{path.split('/')[-1]}: error: argument {option}: "
+            )
+            assert len(value) > 99 or f"{value!r} is not a" in said, said
+    assert not list(tmp_path.iterdir())
+
+
+FROM_ONE = ["0", "1e3", "1.0", "2.5", str(2**63), str(10**30)]
+ALSO_WRONG = {
+    **dict.fromkeys("--context-length --steps --batch-size --accumulate --eval-every --top-k --max-length".split(), FROM_ONE),
+    **dict.fromkeys("--epochs --seeds --train-texts --row --lora-rank".split(), FROM_ONE),
+    **dict.fromkeys("--warmup-steps --seed --max-new-tokens --filler".split(), FROM_ONE[1:]),
+    **dict.fromkeys("--lr --clip".split(), ["0", "-0.0", "1e-400"]),
+    "--val-fraction": ["0", "1", "2"], "--dropout": ["1", "1.5"], "--top-p": ["0", "1.01"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def numbers_of(capsys, monkeypatch):
+    """Given a script: the options that take a number. With an option and a value: (exit status, stderr) of the two."""
+
+    class Parsed(Exception):
+        pass
+
+    def run(path, option=None, value=None):
+        parsers = []
+
+        def parse_args(parser, words=None, namespace=None):
+            parsers.append(parser)
+            raise Parsed
+
+        command = [path.split("/")[-1]] + [f"{option}={value}"] * (option is not None)
+        with monkeypatch.context() as here:
+            here.syspath_prepend((ROOT / path).parent)
+            here.setattr(sys, "argv", command)
+            if option is None:
+                here.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+            module = load(path)
+            capsys.readouterr()
+            try:
+                module["main"]()
+            except Parsed:
+                is_number = [action for action in parsers[0]._actions if action.type not in (None, Path)]
+                return [action.option_strings[0] for action in is_number if not action.choices]
+            except SystemExit as end:
+                return end.code, capsys.readouterr().err
+
+    modules = {}
+
+    def load(path):
+        if path not in modules:
+            modules[path] = runpy.run_path(str(ROOT / path), run_name="a module")
+        return modules[path]
+
+    yield run
+    for name in ("models", "reviews"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [(" 5", 5), ("٣", 3), ("1_000", 1000), ("+7", 7), (str(2**63 - 1), 2**63 - 1)]
+)
+def test_what_python_reads_as_a_number_is_one(text, value):
+    assert positive_int(text) == natural(text) == value
+
+
 def test_unwritable_output(script_here, vietnamese, tmp_path):
     (tmp_path / "file").write_text("")
     one_line(script_here(TRAIN, *TINY, *vietnamese, "--out", tmp_path / "file" / "out"), "file")
+    one_line(script_here(TRAIN, *TINY, *vietnamese, "--out", tmp_path / "file"), "file")
+    one_line(script_here(BOOKS, "--out", tmp_path / "file"), "file")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_unreadable_data(script_here, tmp_path, monkeypatch):
+    (tmp_path / "data.txt").write_text(VIETNAMESE, encoding="utf-8")
+    real = open
+
+    def locked(path, *args, **options):
+        if str(path).endswith("data.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", locked)
+    one_line(script_here(TRAIN, *TINY, "--data", tmp_path / "data.txt", "--out", tmp_path / "out"), "data.txt")
+
+
+@pytest.mark.parametrize("damage", [slice(0, -9), slice(9, None), slice(0, 0)])
+def test_a_damaged_book(script_here, tmp_path, damage):
+    content = gzip.compress(VIETNAMESE.encode())
+    bent = bytearray(content)
+    bent[len(bent) // 2] ^= 0xFF
+    for i, book in enumerate([content[damage], bytes(bent), content[:10] + b"\xff" * 50]):
+        (tmp_path / "book.txt.gz").write_bytes(book)
+        if book:
+            one_line(script_here(BOOKS, "--books", tmp_path, "--out", tmp_path / "out"), "book.txt.gz"), i
+
+
+def ending(program, *args, **options):
+    """Run a program under llm_shared.cli.run, in a process of its own; main is what it defines."""
+    program = f"import sys\nfrom llm_shared.cli import run\n{program}\nrun(main)"
+    command = [sys.executable, "-c", program, *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stderr=subprocess.PIPE, **{"stdout": subprocess.PIPE} | options
+    )
+
+
+WRITES_A_LOT = "def main():\n    for i in range(100_000):\n        print('a line of text', i, flush=i < 3)"
+WRITES_A_LITTLE = "def main():\n    print('a line of text')"
+
+
+@pytest.mark.parametrize("program", [WRITES_A_LOT, WRITES_A_LITTLE])
+def test_a_pipe_that_nobody_reads_any_more(program):
+    reads, writes = os.pipe()
+    os.close(reads)
+    process = ending(program, stdout=writes)
+    os.close(writes)
+    assert process.communicate()[1] == "" and process.returncode == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux")
+@pytest.mark.parametrize("program", [WRITES_A_LOT, WRITES_A_LITTLE])
+def test_output_onto_a_full_disk(program):
+    with open("/dev/full", "w") as full:
+        process = ending(program, stdout=full)
+    assert process.communicate()[1] == "error: [Errno 28] No space left on device\n" and process.returncode == 1
+
+
+def test_closed_output():
+    program = "from tqdm import tqdm\ndef main():\n    print('text')\n    tqdm.write('text')\n    list(tqdm(range(3)))"
+    for closed in ("sys.stdout = sys.stderr = None", "sys.stdout.close()", "sys.stdout = None"):
+        process = ending(f"{closed}\n{program}")
+        process.communicate()
+        assert process.returncode == 0
+    process = ending(program, preexec_fn=lambda: os.close(1), stdout=None)
+    assert process.communicate()[1].count("Error") == 0 and process.returncode == 0
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), SimpleNamespace(closed=False, write=str, flush=str)])
+def test_output_that_is_no_console(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stdout", stream)
+    run(lambda: None)
+    assert sys.stdout is stream
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_being_stopped_cleans_up(tmp_path, name):
+    program = """
+import time
+from llm_shared.resources import replacing
+def main():
+    with replacing(sys.argv[1]) as temporary:
+        temporary.write_text("half")
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+    process = ending(program, tmp_path / "file")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    assert process.communicate()[1] == "\nstopped\n" and process.returncode == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    """As under nohup."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("it was set"))
+    run(lambda: None)
+
+
+class InductorError(RuntimeError):
+    """As torch names it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "try a smaller --batch-size"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: …"), "try a smaller --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "try a smaller --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has …"), "try a smaller --batch-size"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "try a smaller --batch-size"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "try a smaller --batch-size"),
+        (InductorError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx\n\nSet …"), "leave it out"),
+        (InductorError("CppCompileError: C++ compile error\n\nCommand:\ng++ …"), "leave it out"),
+        (RuntimeError("Cannot find a working triton installation."), "leave it out"),
+        (OSError(28, "No space left on device", "runs/model"), "No space left on device: 'runs/model'"),
+        (OSError("no encoder:\n  one line\n\n\tand another\r\n"), "error: no encoder: one line and another"),
+        (ValueError("two\nlines"), "two lines"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "can't decode"),
+        (FloatingPointError("the loss is nan"), "nan"),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_errors_in_one_line(capsys, error, message):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert "\n" not in end.value.code and end.value.code.startswith("error: ") and message in end.value.code
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes cannot be multiplied"), KeyError("x"), IndexError("x"), TypeError("x")]
+)
+def test_faults_of_the_program_keep_their_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        run(main)
+
+
+def test_memory_that_is_not_there(script_here, small_checkpoint):
+    write = [GENERATE, "--checkpoint", small_checkpoint, "--max-new-tokens"]
+    one_line(script_here(*write, 10**15), "try a smaller")
+    one_line(script_here(*write, 2**62), "try a smaller")
 
 
 def test_generate_from_what_is_no_checkpoint(script_here, tmp_path):

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from llm_shared.cli import run
+from llm_shared.cli import natural, run
 from llm_shared.generate import generate
 from llm_shared.gpt import CONFIGS, GPTModel
 from llm_shared.tokenizer import gpt2_tokenizer
@@ -14,8 +14,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", choices=CONFIGS, default="gpt2-small (124M)", help="size of the model")
     parser.add_argument("--prompt", default="Hello, I am", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=10, help="tokens to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    parser.add_argument("--max-new-tokens", type=natural, default=10, help="tokens to write")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the random weights")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

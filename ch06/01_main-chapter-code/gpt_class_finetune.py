@@ -17,7 +17,7 @@ from llm_shared.classify import (
     save_classifier,
     split,
 )
-from llm_shared.cli import run
+from llm_shared.cli import positive_float, positive_int, run
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.schedule import warmup_cosine
 from llm_shared.weights import open_model
@@ -29,11 +29,11 @@ def parse_args():
     parser.add_argument("--unbalanced", action="store_true", help="keep all messages that are no spam")
     parser.add_argument("--model", default="mini", help="a pretrained model, or the folder of a checkpoint")
     parser.add_argument("--layers", nargs="+", default=["all"], help="what trains, such as gpt.blocks.3 gpt.ln_f head")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens read of a message")
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the training messages")
-    parser.add_argument("--batch-size", type=int, default=16, help="messages per step")
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate")
-    parser.add_argument("--seeds", type=int, default=3, help="runs, each with its own split, order and head")
+    parser.add_argument("--max-length", type=positive_int, default=128, help="tokens read of a message")
+    parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the training messages")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="messages per step")
+    parser.add_argument("--lr", type=positive_float, default=5e-4, help="peak learning rate")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="runs, each with its own split, order and head")
     parser.add_argument(
         "--message", default="You have won a free prize! Call now to claim your cash.", help="to classify"
     )

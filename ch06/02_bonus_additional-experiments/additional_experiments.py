@@ -24,7 +24,7 @@ from llm_shared.classify import (
     split,
     train_only,
 )
-from llm_shared.cli import run
+from llm_shared.cli import natural, positive_float, positive_int, run
 from llm_shared.gpt import GPTModel
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.lora import adapter, add_lora
@@ -71,26 +71,28 @@ READ = {  # hidden (B, T, n_embd), real (B, T) → (B, n_embd)
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--row", type=int, nargs="+", help="rows of the README's table: their flags, then those given")
+    parser.add_argument(
+        "--row", type=positive_int, nargs="+", help="rows of the README's table: their flags, then those given"
+    )
     parser.add_argument("--sweep", action="store_true", help="run rows × seeds; each run goes to --out, or is there")
     flag = parser.add_argument_group("questions").add_argument
     flag("--read", choices=READ, default="last", help="the position that the head reads")
     flag("--layers", nargs="+", default=["gpt.blocks.-1", "gpt.ln_f", "head"], help="what trains; all is all")
-    flag("--lora-rank", type=int, help="train low-rank changes (alpha = rank) and the head instead")
+    flag("--lora-rank", type=positive_int, help="train low-rank changes (alpha = rank) and the head instead")
     flag("--random-weights", action="store_true", help="start without pretraining")
     flag("--pad", choices=["batch", "context"], default="batch", help="to the batch's longest message, or the context")
-    flag("--batch-size", type=int, default=16, help="messages in a batch; with 1 nothing is padded")
-    flag("--accumulate", type=int, default=1, help="batches whose gradients make one step")
+    flag("--batch-size", type=positive_int, default=16, help="messages in a batch; with 1 nothing is padded")
+    flag("--accumulate", type=positive_int, default=1, help="batches whose gradients make one step")
     flag("--no-causal", action="store_true", help="let attention look both ways")
-    flag("--filler", type=int, default=0, help="rows without a message at the end of each training batch")
+    flag("--filler", type=natural, default=0, help="rows without a message at the end of each training batch")
     flag("--filler-label", type=int, choices=[IGNORED, 0, 1], default=IGNORED, help=f"{IGNORED} does not count")
     flag = parser.add_argument_group("the same for all rows").add_argument
     flag("--model", default="mini", help='such as "gpt2-small (124M)", or the folder of a checkpoint')
     flag("--data", default="bundled", help="bundled, uci, or a CSV file with the columns text and label")
-    flag("--epochs", type=int, default=3, help="passes over the training messages")
-    flag("--lr", type=float, default=5e-4, help="peak learning rate")
-    flag("--max-length", type=int, default=64, help="tokens read of a message")
-    flag("--seeds", type=int, default=3, help="runs of a row, each with its own split, order and head")
+    flag("--epochs", type=positive_int, default=3, help="passes over the training messages")
+    flag("--lr", type=positive_float, default=5e-4, help="peak learning rate")
+    flag("--max-length", type=positive_int, default=64, help="tokens read of a message")
+    flag("--seeds", type=positive_int, default=3, help="runs of a row, each with its own split, order and head")
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="type of the products")
     flag("--out", default=RESULTS, type=Path, help="where a sweep keeps its runs")
@@ -102,9 +104,6 @@ def row_args(row, given=()):
     if not 1 <= row <= len(ROWS):
         raise ValueError(f"there is no row {row}; there are 1 to {len(ROWS)}")
     args = make_parser().parse_args([*ROWS[row - 1][0].split(), *given])
-    for name in ("batch_size", "accumulate", "epochs", "max_length", "seeds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}")
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
     return args

@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 
 from llm_shared.classify import split
-from llm_shared.download import hash_file
 from llm_shared.resources import DOWNLOADS, Download, fetch
 
 SNIPPETS = Path(__file__).with_name("snippets.tsv.gz")
@@ -66,10 +65,7 @@ def read_archive(path):
 
 def read_imdb():
     """Keep the official test set; of the official training set, without repeats and without the test set's texts, 10 % validate."""
-    path, sha256 = fetch(IMDB), DOWNLOADS[IMDB].sha256
-    if hash_file(path) != sha256:
-        raise ValueError(f"{path} is not the expected file (sha256 {sha256[:12]}…): delete it to download it again")
-    tables = read_archive(path)
+    tables = read_archive(fetch(IMDB))
     train = tables["train"].drop_duplicates("text")
     train, val, _ = split(train[~train.text.isin(tables["test"].text)], train=0.9, val=0.1)
     return train, val, tables["test"]

@@ -15,7 +15,7 @@ from models import fine_tune, fit_words
 from reviews import READERS
 
 from llm_shared.classify import scores
-from llm_shared.cli import run
+from llm_shared.cli import positive_float, positive_int, run
 from llm_shared.hardware import keep_freed_memory, pick_device
 from llm_shared.resources import replacing
 from llm_shared.results import write_results
@@ -45,12 +45,18 @@ def parse_args(words=None):
     parser.add_argument("--gpt", default="mini", help="for --model gpt: a pretrained model, or a checkpoint's folder")
     parser.add_argument("--random-weights", action="store_true", help="the same GPT without its pretraining")
     parser.add_argument("--encoder", default="distilbert-base-uncased", help="for --model encoder: a name or a folder")
-    parser.add_argument("--train-texts", type=int, help="train on so many texts only; None: all")
-    parser.add_argument("--max-length", type=int, help="tokens read of a text; None: 64 for snippets, 256 for imdb")
-    parser.add_argument("--epochs", type=int, default=2, help="passes over the training texts; the best one is kept")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts per step")
-    parser.add_argument("--lr", type=float, help="peak learning rate; None: 5e-4 for mini, 5e-5 for larger models")
-    parser.add_argument("--seeds", type=int, default=3, help="runs, where training is random")
+    parser.add_argument("--train-texts", type=positive_int, help="train on so many texts only; None: all")
+    parser.add_argument(
+        "--max-length", type=positive_int, help="tokens read of a text; None: 64 for snippets, 256 for imdb"
+    )
+    parser.add_argument(
+        "--epochs", type=positive_int, default=2, help="passes over the training texts; the best one is kept"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="texts per step")
+    parser.add_argument(
+        "--lr", type=positive_float, help="peak learning rate; None: 5e-4 for mini, 5e-5 for larger models"
+    )
+    parser.add_argument("--seeds", type=positive_int, default=3, help="runs, where training is random")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="type of the products")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--results", type=Path, default=HERE / "results.json", help="where each run is noted")
@@ -61,9 +67,6 @@ def parse_args(words=None):
             raise ValueError(f"--{option} {getattr(args, option)}: there are {', '.join(known)}")
     args.max_length = MAX_LENGTH[args.data] if args.max_length is None else args.max_length
     args.lr = (5e-4 if args.model == "gpt" and args.gpt == "mini" else 5e-5) if args.lr is None else args.lr
-    for option in ("train_texts", "max_length", "epochs", "batch_size", "seeds"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1")
     return args
 
 
