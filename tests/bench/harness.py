@@ -1,70 +1,79 @@
 """Measure contenders against each other: each in a process of its own, taking turns, so that noise hits all alike."""
 
-import importlib
 import json
-import multiprocessing
 import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
+
+from llm_shared.hardware import has_amx
 
 import torch
 
-from llm_shared.hardware import keep_freed_memory
-
 RESULTS = Path(__file__).parent / "results"
+WORKER = Path(__file__).with_name("worker.py")
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def work(connection, factory, args, keep):
-    """Build one contender, then run and time it at each request."""
-    if keep:
-        keep_freed_memory()
-    module, name = factory.split(":")
-    torch.manual_seed(0)
-    run = getattr(importlib.import_module(module), name)(*args)
-    while connection.recv():
-        started = time.perf_counter()
-        run()
-        connection.send(time.perf_counter() - started)
+class Contender(NamedTuple):
+    """What to build and run: "module:function", its arguments, and which of this project's settings it is granted."""
+
+    factory: str
+    args: tuple = ()
+    keep: bool = False  # keep_freed_memory()
+    passive: bool = False  # OMP_WAIT_POLICY=passive, as llm_shared sets it
+
+
+def start(contender):
+    """Start a contender's process."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": "passive"} if contender.passive else {}
+    command = [sys.executable, str(WORKER), json.dumps([contender.factory, contender.args, contender.keep])]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
 
 def race(contenders, rounds, warmup=2):
-    """Return {name: median seconds of one run}; contenders: {name: (factory "module:function", args, keep memory)}."""
-    context = multiprocessing.get_context("spawn")
-    workers = {}
-    for name, arguments in contenders.items():
-        mine, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
-        process.start()
-        theirs.close()  # so that a contender that dies is noticed
-        workers[name] = (mine, process)
+    """Return {name: median seconds of one run}; contenders: {name: Contender}."""
+    workers = {name: start(contender) for name, contender in contenders.items()}
     times = {name: [] for name in contenders}
     for turn in range(warmup + rounds):
-        for name, (connection, _) in workers.items():
-            connection.send(True)
-            seconds = connection.recv()
+        for name, process in workers.items():
+            print(file=process.stdin, flush=True)
+            seconds = float(process.stdout.readline())
             if turn >= warmup:
                 times[name].append(seconds)
-    for connection, process in workers.values():
-        connection.send(False)
-        process.join()
+    for process in workers.values():
+        process.stdin.close()
+        process.wait()
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def large_product(dtype):
     """A product of two large matrices, 2 × 3072³ operations: what the machine can compute."""
-    a = torch.randn(3072, 3072).to(dtype)
+    a = torch.randn(3072, 3072).to(TYPES[dtype])
     return torch.inference_mode()(lambda: a @ a)
 
 
 def long_read(dtype):
     """Sixteen matrices × vector, 16 × 3072² numbers, more than caches hold: what the machine can read."""
-    matrices = [torch.randn(3072, 3072).to(dtype) for _ in range(16)]
-    vector = torch.randn(3072).to(dtype)
+    matrices = [torch.randn(3072, 3072).to(TYPES[dtype]) for _ in range(16)]
+    vector = torch.randn(3072).to(TYPES[dtype])
     return torch.inference_mode()(lambda: [matrix.mv(vector) for matrix in matrices])
+
+
+def processor():
+    """Return the name of this machine's processor, and whether it has AMX: the fastest way differs."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = lines[0] if lines else name
+    return f"{name}, {'AMX' if has_amx() else 'no AMX'}"
 
 
 def record(kind, title, times, limit=None, memory=None):
@@ -79,19 +88,41 @@ def record(kind, title, times, limit=None, memory=None):
     machine = (
         f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
     )
-    races[title] = {"command": command, "machine": machine, "limit": limit, "seconds": times, "memory": memory}
+    found = {"command": command, "machine": machine, "limit": limit, "seconds": times, "memory": memory}
+    races.setdefault(title, {})[processor()] = found
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(races, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(table(title, **races[title]), flush=True)
+    print(table(title, {processor(): found}), flush=True)
 
 
-def table(title, command, machine, limit, seconds, memory=None):
-    """Return a race as Markdown: from the fastest on, speed relative to ours, and the share of the machine's peak or memory."""
-    last = "peak memory / weights" if memory else "share of peak"
-    lines = [f"**{title}**", "", f"| contender | speed / ours | {last} |", "|---|---:|---:|"]
-    for name, time_taken in sorted(seconds.items(), key=lambda item: item[1]):
-        share = f"{memory[name]:.2f}" if memory else f"{limit / time_taken:.0%}" if limit else ""
-        lines.append(f"| {name} | {seconds['ours'] / time_taken:.2f} | {share} |")
-    fastest = min(time_taken for name, time_taken in seconds.items() if name != "ours")
-    lines += ["", f"ours / fastest peer: {fastest / seconds['ours']:.2f}× · `{command}` · {machine}", ""]
-    return "\n".join(lines)
+def lead(seconds):
+    """Return how many times as fast as the fastest peer ours is."""
+    return min(time_taken for name, time_taken in seconds.items() if name != "ours") / seconds["ours"]
+
+
+def share(race, name):
+    """Return the share of the machine's peak that a contender reached, or its peak memory over the weights, as text."""
+    if race["memory"]:
+        return f"{race['memory'][name]:.2f}"
+    return f"{race['limit'] / race['seconds'][name]:.0%}" if race["limit"] else ""
+
+
+def table(title, races):
+    """Return the races of one title, {processor: race}, as Markdown: speed relative to ours, and share of peak or memory."""
+    last = "peak memory / weights" if any(race["memory"] for race in races.values()) else "share of peak"
+    lines = [f"**{title}**", "", "| contender |" + f" speed / ours | {last} |" * len(races)]
+    lines += ["|---|" + "---:|---:|" * len(races)]
+    if len(races) > 1:
+        lines[2:2] = ["| |" + "".join(f" {processor} | |" for processor in races)]
+        lines[2:5] = [lines[2], lines[4], lines[3].replace(" contender ", " ")]
+    best = max(races.values(), key=lambda race: len(race["seconds"]))["seconds"]
+    for name in sorted(best, key=best.get):
+        cells = ""
+        for race in races.values():
+            there = name in race["seconds"]
+            cells += f" {race['seconds']['ours'] / race['seconds'][name]:.2f} | {share(race, name)} |" if there else " | |"
+        lines.append(f"| {name} |{cells}")
+    for processor, race in races.items():
+        lead_text = f"ours / fastest peer: {lead(race['seconds']):.2f}×"
+        lines += ["", f"{processor}: {lead_text} · `{race['command']}` · {race['machine']}"]
+    return "\n".join([*lines, ""])

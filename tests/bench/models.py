@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from harness import TYPES
 from torch.nn.utils import clip_grad_norm_
 
 from llm_shared.generate import generate
@@ -50,7 +51,7 @@ def litgpt_model(size):
 
 def training_step(model, optimizer, loss, dtype):
     def run():
-        with autocast(CPU, dtype):
+        with autocast(CPU, TYPES[dtype]):
             value = loss()
         value.backward()
         clip_grad_norm_(model.parameters(), 1.0)
@@ -83,13 +84,13 @@ def train_litgpt(size, dtype):
     return training_step(model, optimizer, lambda: chunked_cross_entropy(model(x), y), dtype)
 
 
-def train_rasbt(size, dtype, class_name="GPTModel", weights=torch.float32):
+def train_rasbt(size, dtype, class_name="GPTModel", weights="float32"):
     from llms_from_scratch import ch04
 
-    model, (x, y) = getattr(ch04, class_name)(rasbt_config(size)).to(weights), batch(size)
+    model, (x, y) = getattr(ch04, class_name)(rasbt_config(size)).to(TYPES[weights]), batch(size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     loss = lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # noqa: E731
-    return training_step(model, optimizer, loss, torch.float32 if weights == torch.bfloat16 else dtype)
+    return training_step(model, optimizer, loss, "float32" if weights == "bfloat16" else dtype)
 
 
 def prompts(rows):
@@ -97,12 +98,12 @@ def prompts(rows):
 
 
 def generate_ours(size, dtype, rows):
-    model, ids = GPTModel(CONFIGS[size]).to(dtype).eval(), prompts(rows).tolist()
+    model, ids = GPTModel(CONFIGS[size]).to(TYPES[dtype]).eval(), prompts(rows).tolist()
     return lambda: generate(model, ids, NEW_TOKENS)
 
 
 def generate_transformers(size, dtype, rows):
-    model, ids = transformers_model(size).to(dtype).eval(), prompts(rows)
+    model, ids = transformers_model(size).to(TYPES[dtype]).eval(), prompts(rows)
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
@@ -110,10 +111,10 @@ def generate_transformers(size, dtype, rows):
 def generate_litgpt(size, dtype, rows):
     from litgpt.generate.base import batched_generate_fn, generate_fn
 
-    model, ids = litgpt_model(size).to(dtype).eval(), prompts(rows)
+    model, ids = litgpt_model(size).to(TYPES[dtype]).eval(), prompts(rows)
     total = PROMPT + NEW_TOKENS
     model.max_seq_length = total
-    model.set_kv_cache(batch_size=rows, device=CPU, dtype=dtype)
+    model.set_kv_cache(batch_size=rows, device=CPU, dtype=TYPES[dtype])
     common = {"include_prompt": False, "include_eos": True}
     if rows == 1:
         return lambda: list(generate_fn(model, ids[0], total, temperature=0.0, top_k=1, **common))

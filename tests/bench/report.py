@@ -3,15 +3,36 @@
 import json
 from pathlib import Path
 
-from harness import RESULTS, table
+from harness import RESULTS, lead, table
 
 from llm_shared.results import write_results
 
+HEADS = ("| ours / fastest peer |", "| ta / đối thủ nhanh nhất |")
+
+
+def all_races():
+    """Return {title: {processor: race}} of everything that was measured."""
+    races = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        races |= json.loads(path.read_text(encoding="utf-8"))
+    return races
+
+
+def overview(races, language):
+    """Return one line per race and one column per processor: ours / fastest peer."""
+    processors = sorted({processor for found in races.values() for processor in found})
+    lines = [HEADS[language] + "".join(f" {processor} |" for processor in processors)]
+    lines += ["|---|" + "---:|" * len(processors)]
+    for title, found in races.items():
+        cells = [f"{lead(found[p]['seconds']):.2f}×" if p in found else "" for p in processors]
+        lines.append(f"| {title} |" + "".join(f" {cell} |" for cell in cells))
+    return "\n".join(lines)
+
 
 def tables(language=0):
-    """Return all results as Markdown, the same in both languages."""
-    races = [json.loads(path.read_text(encoding="utf-8")).items() for path in sorted(RESULTS.glob("*.json"))]
-    return "\n".join(table(title, **race) for kind in races for title, race in kind).rstrip()
+    """Return the overview, then each race by itself, as Markdown."""
+    races = all_races()
+    return "\n\n".join([overview(races, language), *(table(*race).rstrip() for race in races.items())])
 
 
 if __name__ == "__main__":
