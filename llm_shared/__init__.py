@@ -7,6 +7,7 @@ CHAPTERS = {
     "hardware": "setup",
     "cli": "setup",
     "results": "setup",
+    "symbols": "ch02",
     "tokenizer": "ch02",
     "data": "ch02",
     "linear": "ch03",

@@ -1,5 +1,6 @@
 """ch02 · From a text to batches: token files in memory-mapped form, windows over them, a loader."""
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -9,24 +10,45 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llm_shared.resources import replacing
 
-BLOCK = 1 << 20  # characters tokenized at one time
+BLOCK = 1 << 18  # characters read at one time
+LONGEST_WORD = 1 << 19  # characters; only a word longer than this may be cut
+# Two characters between which a word always ends: a visible one and one of another kind; not 's, which is one word.
+BORDER = regex.compile(r"(?r)\p{L}\P{L}|\p{N}\P{N}|[^\s\p{L}\p{N}'][\s\p{L}\p{N}]")
 
 
-def read_blocks(path):
-    """Yield a UTF-8 text file in blocks that no token crosses: each ends before a space that follows a visible character."""
+def last_cut(text, start, special_tokens):
+    """Return the last place where text may be cut so that no word and no special token crosses, 0 if it has to grow.
+
+    The first start characters were looked through before.
+    """
+    longest = max(map(len, special_tokens), default=0)  # half a special token may stand at the end
+    looked, end = max(0, start - longest - 1), max(0, len(text) - longest)
+    borders = (match.end() - 1 for match in BORDER.finditer(text, looked, end))
+    anywhere = range(LONGEST_WORD, 0, -1) if end >= LONGEST_WORD else []
+    for cut in chain(borders, anywhere):
+        if not any(token in text[max(0, cut - len(token) + 1) : cut + len(token) - 1] for token in special_tokens):
+            return cut
+    return 0
+
+
+def read_blocks(path, special_tokens=()):
+    """Yield a UTF-8 text file in blocks that no word and no special token crosses: their ids are those of the whole text.
+
+    Only a word of more than 524,288 characters is cut all the same, so that any file fits in memory.
+    """
     rest = ""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig") as file:
+        try:
             while block := file.read(BLOCK):
-                text = rest + block
-                if "\0" in text:
+                if "\0" in block:
                     raise ValueError(f"{path} holds zero bytes: it is not a text file")
-                last_space = regex.search(r"(?r)(?<=\S)\s", text)
-                cut = last_space.start() if last_space else 0
+                text = rest + block
+                cut = last_cut(text, len(rest), special_tokens)
                 rest = text[cut:]
                 yield text[:cut]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+        except UnicodeDecodeError as error:
+            byte = file.buffer.tell() - len(error.object) + error.start  # error.start counts from the last bytes read
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {byte}): save it as UTF-8") from None
     yield rest
 
 
@@ -38,7 +60,7 @@ def write_tokens(text_path, tokens_path, tokenizer):
     dtype = "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
     tokens_path = Path(f"{str(tokens_path).removesuffix(f'.{dtype}')}.{dtype}")  # corpus.train keeps its .train
     with replacing(tokens_path) as temporary, open(temporary, "wb") as file:
-        for block in read_blocks(text_path):
+        for block in read_blocks(text_path, tokenizer.special_tokens_set):
             np.array(tokenizer.encode(block, allowed_special="all"), dtype).tofile(file)
         if not file.tell():
             raise ValueError(f"{text_path} is empty: there is nothing to learn from")

@@ -107,7 +107,9 @@ def autocast(device, dtype):
 
 def unigram_entropy(tokens):
     """Return the entropy (nats per token) of how often each token occurs: the loss of the best model without context."""
-    counts = np.bincount(tokens)
+    counts = np.zeros(int(np.max(tokens)) + 1, np.int64)
+    for start in range(0, len(tokens), 1 << 20):  # a token file may be larger than the memory
+        counts += np.bincount(tokens[start : start + (1 << 20)], minlength=len(counts))
     probs = counts[counts > 0] / len(tokens)
     return float(-(probs * np.log(probs)).sum())
 

@@ -3,26 +3,21 @@
 import json
 import re
 from collections import Counter, defaultdict
-from functools import cache, lru_cache
+from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import chain
+from operator import add
 from pathlib import Path
 
 import regex
 
 from llm_shared.resources import fetch, replacing
+from llm_shared.symbols import BYTES, LONG_WORD, VISIBLE, Memo, merge_places, to_symbols
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same cut at whitespace alone, for the standard library's re, whose \s also holds the four separators \x1c–\x1f.
 PIECE_PATTERN = re.compile(r" ?[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[^\S\x1c-\x1f]+")
 END_OF_TEXT = "<|endoftext|>"
-
-# GPT-2 numbers the 256 bytes in this order: first those with a visible character of their own, then the rest.
-BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES += [byte for byte in range(256) if byte not in BYTES]
-# In files each byte is one visible character; the last 68 borrow the characters after 255 (a space becomes Ġ).
-VISIBLE = {byte: chr(byte if i < 188 else 256 + i - 188) for i, byte in enumerate(BYTES)}
-SYMBOLS = {byte: chr(i) for i, byte in enumerate(BYTES)}
 
 
 def check_text(text):
@@ -50,11 +45,6 @@ def split_special(text, special_tokens):
     return regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text) if special_tokens else [text]
 
 
-def to_symbols(word):
-    """Spell a word's UTF-8 bytes as a string with one character per token: chr(token id)."""
-    return word.encode("utf-8").decode("latin-1").translate(SYMBOLS)
-
-
 class BPETokenizer:
     """Byte pair encoding over UTF-8 bytes (Sennrich et al. 2016; Radford et al. 2019, section 2.2).
 
@@ -68,18 +58,24 @@ class BPETokenizer:
     """
 
     def __init__(self, merges, special_tokens=(END_OF_TEXT,)):
-        """Take merges as (left id, right id) pairs in the order learned."""
+        """Take merges as (left id, right id) pairs in the order learned, and special tokens, all different."""
+        if "" in special_tokens or len(set(special_tokens)) < len(special_tokens):
+            raise ValueError(f"special tokens must be a list of different texts, none empty; not {special_tokens!r}")
         self.merges = [tuple(pair) for pair in merges]
         self.token_bytes = [bytes([byte]) for byte in BYTES]
         for left, right in self.merges:
             self.token_bytes.append(self.token_bytes[left] + self.token_bytes[right])
         self.merged = {chr(left) + chr(right): chr(256 + i) for i, (left, right) in enumerate(self.merges)}
         self.pairs = {symbol: pair for pair, symbol in self.merged.items()}
+        self.special_tokens_set = set(special_tokens)
         self.special_ids = {token: len(self.token_bytes) + i for i, token in enumerate(special_tokens)}
         self.token_bytes += [token.encode("utf-8") for token in special_tokens]
         self.n_vocab = len(self.token_bytes)
-        self.encode_piece = lru_cache(maxsize=1_000_000)(self._encode_piece)
-        self.encode_word = lru_cache(maxsize=1_000_000)(self._encode_word)
+        self.encode_piece = Memo(self._encode_piece).__getitem__
+        self.encode_word = Memo(self._encode_word).__getitem__
+
+    def __reduce__(self):
+        return type(self), (self.merges, list(self.special_ids))  # pickled and copied without what it remembers
 
     @classmethod
     def train(cls, text, vocab_size, special_tokens=(END_OF_TEXT,)):
@@ -89,14 +85,12 @@ class BPETokenizer:
         """
         if vocab_size < 256 + len(special_tokens):
             raise ValueError(f"vocab_size must be at least 256 bytes + {len(special_tokens)} special tokens")
-        counts = Counter()
-        for part in split_special(text, special_tokens)[::2]:
-            counts.update(split_words(part))
+        counts = Counter(chain.from_iterable(map(split_words, split_special(text, special_tokens)[::2])))
         words, counts = [to_symbols(word) for word in counts], list(counts.values())
 
         pair_counts, where = Counter(), defaultdict(set)  # pair → its count; pair → words that may hold it
         for i, word in enumerate(words):
-            for pair in map(str.__add__, word, word[1:]):
+            for pair in map(add, word, word[1:]):
                 pair_counts[pair] += counts[i]
                 where[pair].add(i)
         heap = [(-count, pair) for pair, count in pair_counts.items()]  # may be stale: checked when popped
@@ -113,13 +107,15 @@ class BPETokenizer:
             merges.append((ord(pair[0]), ord(pair[1])))
             born = set()
             for i in where.pop(pair):
-                old, count = words[i], counts[i]
-                words[i] = new = old.replace(pair, symbol)
-                if new == old:
+                parts, count = words[i].split(pair), counts[i]
+                if len(parts) == 1:
                     continue
-                for gone in map(str.__add__, old, old[1:]):
+                words[i] = symbol.join(parts)
+                parts = [part if len(part) < 3 else part[0] + part[-1] for part in parts]  # within, nothing changes
+                old, new = pair.join(parts), symbol.join(parts)
+                for gone in map(add, old, old[1:]):
                     pair_counts[gone] -= count
-                for here in map(str.__add__, new, new[1:]):
+                for here in map(add, new, new[1:]):
                     pair_counts[here] += count
                     if symbol in here:
                         where[here].add(i)
@@ -135,13 +131,15 @@ class BPETokenizer:
 
     def _encode_word(self, word):
         symbols = to_symbols(word)
-        while possible := list(filter(None, map(self.merged.get, map(str.__add__, symbols, symbols[1:])))):
+        if len(symbols) > LONG_WORD:
+            return tuple(map(ord, merge_places(symbols, self.merged, self.pairs)))
+        while possible := list(filter(None, map(self.merged.get, map(add, symbols, symbols[1:])))):
             first = min(possible)  # the merge learned first
             symbols = symbols.replace(self.pairs[first], first)
-        return list(map(ord, symbols))
+        return tuple(map(ord, symbols))
 
     def _encode_piece(self, piece):
-        return list(chain.from_iterable(map(self.encode_word, split_words(piece))))
+        return tuple(chain.from_iterable(map(self.encode_word, split_words(piece))))
 
     def encode_ordinary(self, text):
         """Return the token ids of text; special tokens written in it are ordinary text."""
@@ -162,9 +160,9 @@ class BPETokenizer:
 
     def decode_bytes(self, ids):
         """Return the bytes that the ids stand for; a character may be split between two tokens."""
-        for i in ids:
-            if not 0 <= i < self.n_vocab:
-                raise ValueError(f"token ids run from 0 to {self.n_vocab - 1}; {i} was given")
+        ids = list(ids)
+        if wrong := [i for i in ids if not 0 <= i < self.n_vocab]:
+            raise ValueError(f"token ids run from 0 to {self.n_vocab - 1}; {wrong[0]} was given")
         return b"".join([self.token_bytes[i] for i in ids])
 
     def decode(self, ids):

@@ -1,11 +1,16 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from samples import MIXED_TEXT
 
 import llm_shared.data
-from llm_shared.data import EpochOrder, TokenWindows, create_dataloader, load_tokens, write_tokens
-from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
+from llm_shared.data import EpochOrder, TokenWindows, create_dataloader, load_tokens, read_blocks, write_tokens
+from llm_shared.resources import fetch
+from llm_shared.tokenizer import END_OF_TEXT, BPETokenizer, gpt2_tokenizer
 
 
 def naive_batches(tokens, batch_size, context_length, stride):
@@ -82,6 +87,128 @@ def test_blocks_change_no_token(tmp_path, monkeypatch, block):
     (tmp_path / "text").write_text(text, encoding="utf-8", newline="")
     path = write_tokens(tmp_path / "text", tmp_path / "tokens", gpt2_tokenizer())
     assert load_tokens(path).tolist() == gpt2_tokenizer().encode(text)
+
+
+SPECIAL_TOKENS = [END_OF_TEXT, "<|người dùng|>", "a\nb", "<x>", "<x>>", "ll", "   "]
+ATOMS = [
+    "a",
+    "it's",
+    "'ll",
+    "'l",
+    "'",
+    "''",
+    "'re",
+    "1",
+    "12",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    ".",
+    "--",
+    "<|",
+    *SPECIAL_TOKENS,
+]
+ATOMS += ["ng", "ơ", "e\u0323", "\ufeff", "\xa0", "\x1c", "永", "👋", "\u2028", "½", "\r\n", "\r"]
+nasty = st.lists(st.sampled_from(ATOMS), max_size=40).map("".join)
+
+
+@pytest.fixture(scope="module")
+def many_special_tokens():
+    return BPETokenizer(BPETokenizer.load(fetch("gpt2/vocab.bpe")).merges[:2000], SPECIAL_TOKENS)
+
+
+@settings(
+    max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(text=nasty, block=st.integers(1, 12))
+def test_no_cut_changes_an_id(tmp_path, many_special_tokens, text, block):
+    path = tmp_path / "text"
+    path.write_text(text, encoding="utf-8", newline="")
+    whole = path.read_text(encoding="utf-8-sig")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm_shared.data, "BLOCK", block)
+        for tokenizer in (gpt2_tokenizer(), many_special_tokens):
+            blocks = list(read_blocks(path, tokenizer.special_tokens_set))
+            assert "".join(blocks) == whole
+            ids = [i for block in blocks for i in tokenizer.encode(block, allowed_special="all")]
+            assert ids == tokenizer.encode(whole, allowed_special="all")
+
+
+WITHOUT_SPACES = [
+    "a",
+    "1",
+    ".",
+    "永",
+    " ",
+    "\n",
+    "\r\n",
+    "'s",
+    "ab1.",
+    "https://a.vn/b?c=1&",
+    END_OF_TEXT,
+    f"a{END_OF_TEXT}",
+]
+
+
+@pytest.mark.parametrize("part", WITHOUT_SPACES)
+def test_any_text_comes_in_small_blocks(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(llm_shared.data, "BLOCK", 64)
+    monkeypatch.setattr(llm_shared.data, "LONGEST_WORD", 128, raising=False)
+    (tmp_path / "text").write_text(part * 2000, encoding="utf-8", newline="")
+    whole = (tmp_path / "text").read_text(encoding="utf-8")
+    blocks = list(read_blocks(tmp_path / "text", {END_OF_TEXT}))
+    assert "".join(blocks) == whole
+    assert max(map(len, blocks)) < 64 + 128 + len(END_OF_TEXT)
+    ids = [i for block in blocks for i in gpt2_tokenizer().encode(block, allowed_special="all")]
+    assert ids == gpt2_tokenizer().encode(
+        whole, allowed_special="all"
+    )  # 128 is a multiple of every token's length here
+
+
+def peak_of_writing(path, tokenizer):
+    tracemalloc.start()
+    write_tokens(path, path.with_name("tokens"), tokenizer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("part", ["a", " ", "\n", "ab1.", "low lower ", END_OF_TEXT])
+def test_writing_tokens_takes_constant_memory(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(llm_shared.data, "BLOCK", 1 << 11)
+    monkeypatch.setattr(llm_shared.data, "LONGEST_WORD", 1 << 12, raising=False)
+    tokenizer = BPETokenizer.train("low lower lowest", 262)
+    peaks = []
+    for size in (10_000, 10_000, 50_000):  # the first time, imports and caches are paid for
+        (tmp_path / "text").write_text(part * (size // len(part)), encoding="utf-8", newline="")
+        peaks.append(peak_of_writing(tmp_path / "text", tokenizer))
+    assert peaks[2] < 1.3 * peaks[1]
+
+
+def test_ever_new_words_take_constant_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(llm_shared.data, "BLOCK", 1 << 11)
+    monkeypatch.setattr("llm_shared.symbols.MEMO_SIZE", 100, raising=False)
+    for n in (3000, 9000):
+        (tmp_path / "text").write_text(" ".join(f"từ{i}" for i in range(n)), encoding="utf-8")
+        assert peak_of_writing(tmp_path / "text", BPETokenizer.train("low lower lowest", 262)) < 1_000_000
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t"])
+def test_a_million_spaces_are_a_text(tmp_path, space):
+    (tmp_path / "text").write_text("a" + space * 1_200_000 + "b", encoding="utf-8", newline="")
+    tokens = load_tokens(write_tokens(tmp_path / "text", tmp_path / "tokens", gpt2_tokenizer()))
+    assert gpt2_tokenizer().decode(tokens.tolist()) == "a" + space * 1_200_000 + "b"
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("before", [0, 1, 8191, 8192, 20_000, 600_000])
+@pytest.mark.parametrize("wrong", [b"\xff", b"\xe1\xbb", b"\xc3("])
+def test_the_wrong_byte_is_counted_from_the_start_of_the_file(tmp_path, start, before, wrong):
+    (tmp_path / "text").write_bytes(start + b"a" * before + wrong)
+    with pytest.raises(ValueError, match=f"at byte {len(start) + before}\\)"):
+        list(read_blocks(tmp_path / "text"))
 
 
 @pytest.mark.parametrize(

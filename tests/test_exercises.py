@@ -11,7 +11,7 @@ from promises import definitions, notebook_definitions
 from samples import ROOT
 
 FINISHED = {  # chapter → the modules that its closing exercise rebuilds, the names it must define, the tests to pass
-    "ch02": (["tokenizer", "data"], {"BPETokenizer", "TokenWindows"}, ["test_tokenizer.py", "test_data.py"]),
+    "ch02": (["symbols", "tokenizer", "data"], {"BPETokenizer", "TokenWindows"}, ["test_tokenizer.py", "test_data.py"]),
     "ch03": (["linear", "attention"], {"MultiHeadAttention", "KVCache"}, ["test_attention.py", "test_linear.py"]),
     "ch04": (["gpt"], {"GPTConfig", "GPTModel", "TransformerBlock", "LayerNorm"}, ["test_gpt.py"]),
 }

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,19 @@ def test_evaluation_weighs_every_token_the_same():
     assert model.training and all(weight.grad is None for weight in model.parameters())
     first = F.cross_entropy(model.eval()(inputs[:4]).flatten(0, 1), targets[:4].flatten()).item()
     assert evaluate(model, loader, batches=1) == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 7, 1 << 20, (1 << 20) + 1, 3 << 20])
+def test_counting_tokens_takes_constant_memory(n):
+    tokens = (np.arange(n) % 300 * 7 % 50).astype(np.uint16)
+    counts = np.bincount(tokens)
+    probs = counts[counts > 0] / n
+    tracemalloc.start()
+    entropy = unigram_entropy(tokens)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert entropy == pytest.approx(-(probs * np.log(probs)).sum(), abs=1e-12)
+    assert peak < 10_000_000
 
 
 def test_what_to_compare_with():

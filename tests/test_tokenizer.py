@@ -1,8 +1,15 @@
+import copy
 import json
+import multiprocessing
+import pickle
 import re
+import time
 import unicodedata
-from itertools import chain
+from collections import Counter
+from itertools import chain, pairwise
+from random import Random
 
+import numpy as np
 import pytest
 import regex
 from hypothesis import given, settings
@@ -10,7 +17,9 @@ from hypothesis import strategies as st
 from samples import MIXED_TEXT
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+import llm_shared.symbols
 from llm_shared.resources import fetch
+from llm_shared.symbols import LONG_WORD, to_symbols
 from llm_shared.tokenizer import (
     END_OF_TEXT,
     PIECE_PATTERN,
@@ -189,3 +198,145 @@ def test_bad_input(tmp_path, ours):
 
 def test_long_words_stay_fast(ours):
     assert ours.decode(ours.encode("a" * 200_000 + "ăâ" * 50_000)) == "a" * 200_000 + "ăâ" * 50_000
+
+
+ALPHABETS = [
+    "a",
+    "ab",
+    "etaoin",
+    "0123456789",
+    "=-_.",
+    "việtăâ",
+    "👋🏽\u200d",
+    "永和九年",
+    "\u0302\u0323e",
+    " ",
+    "\n ",
+    "the ng1.",
+]
+long_word = st.one_of(
+    st.sampled_from(ALPHABETS).flatmap(lambda alphabet: st.text(alphabet, min_size=20, max_size=400)),
+    st.builds(lambda part, n: (part * n)[:2000], st.text(min_size=1, max_size=8), st.integers(10, 300)),
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(long_word)
+def test_long_words_equal_tiktoken(tiktoken_gpt2, ours, word):
+    assert ours.encode_ordinary(word) == tiktoken_gpt2.encode_ordinary(word)
+
+
+@pytest.mark.parametrize("size", [LONG_WORD - 1, LONG_WORD, LONG_WORD + 1, 3000])
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_words_around_the_limit_equal_tiktoken(tiktoken_gpt2, ours, alphabet, size):
+    word = "".join(Random(size).choices(alphabet, k=size))
+    assert ours.encode_ordinary(word) == tiktoken_gpt2.encode_ordinary(word)
+
+
+class CountedLooks(dict):
+    looks = 0
+
+    def get(self, pair):
+        self.looks += 1
+        return super().get(pair)
+
+
+@pytest.mark.parametrize("alphabet", ["a", "ab", "abcdefghijklmnopqrstuvwxyz", "0123456789", "ăâêôơư"])
+def test_the_work_grows_as_the_word_does(ours, alphabet):
+    tokenizer = copy.copy(ours)
+    for size in (1000, 8000):
+        word = "".join(Random(0).choices(alphabet, k=size))
+        tokenizer.merged = CountedLooks(ours.merged)
+        tokenizer._encode_word(word)
+        assert tokenizer.merged.looks < 3 * len(to_symbols(word))
+
+
+@pytest.mark.parametrize("alphabet", ["abcdefghij", "ăâêôơư"])
+def test_training_on_one_long_word_takes_seconds(alphabet):
+    word = "".join(Random(0).choices(alphabet, k=100_000))
+    started = time.process_time()
+    BPETokenizer.train(word, 400)
+    assert time.process_time() - started < 2
+
+
+def naive_merges(words, n_merges):
+    words, merges = [list(map(ord, to_symbols(word))) for word in words], []
+    while len(merges) < n_merges and (counts := Counter(chain.from_iterable(map(pairwise, words)))):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        for ids in words:
+            i = 0
+            while i < len(ids):
+                if tuple(ids[i : i + 2]) == best:
+                    ids[i : i + 2] = [256 + len(merges)]
+                i += 1
+        merges.append(best)
+    return merges
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text("ab", max_size=60) | st.text("abc ", max_size=60), max_size=4).map(" ".join))
+def test_training_on_long_words_equals_a_naive_loop(sample):
+    merges = BPETokenizer.train(sample, 256 + 12, special_tokens=()).merges
+    assert merges == naive_merges(split_words(sample), 12)[: len(merges)]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch, ours):
+    monkeypatch.setattr(llm_shared.symbols, "MEMO_SIZE", 100)
+    tokenizer = BPETokenizer(ours.merges)
+    text = " ".join(f"word{i} {'x' * LONG_WORD}{i}" for i in range(300))
+    assert tokenizer.encode(text) == tokenizer.encode(text) == ours.encode(text)
+    for memo in (tokenizer.encode_piece.__self__, tokenizer.encode_word.__self__):
+        assert len(memo) == 100 and max(map(len, memo)) <= LONG_WORD
+
+
+def test_what_is_remembered_cannot_be_changed(ours):
+    for remembered in (ours.encode_word, ours.encode_piece):
+        expected = list(remembered(" remembered"))
+        with pytest.raises(AttributeError):
+            remembered(" remembered").append(0)
+        assert list(remembered(" remembered")) == expected
+    ids = ours.encode(" remembered")
+    ids.append(0)
+    assert ours.encode(" remembered") == ids[:-1]
+
+
+def in_another_process(tokenizer):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(copy.copy, [tokenizer])
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t)), in_another_process]
+)
+def test_a_copy_encodes_alike_and_remembers_nothing(copied):
+    tokenizer = BPETokenizer.train(MIXED_TEXT * 3, 400, [END_OF_TEXT, "<|hết|>"])
+    size = len(pickle.dumps(tokenizer))
+    ids = tokenizer.encode(f"{MIXED_TEXT}<|hết|>", allowed_special="all")
+    again = copied(tokenizer)
+    assert not again.encode_word.__self__ and len(pickle.dumps(tokenizer)) == size
+    assert again.encode(f"{MIXED_TEXT}<|hết|>", allowed_special="all") == ids
+    assert (again.merges, again.special_ids, again.n_vocab) == (
+        tokenizer.merges,
+        tokenizer.special_ids,
+        tokenizer.n_vocab,
+    )
+
+
+@pytest.mark.parametrize("special_tokens", [[""], ["<a>", "<b>", "<a>"], "<|hết|>", ("<a>", "")])
+def test_special_tokens_must_differ_and_not_be_empty(special_tokens):
+    with pytest.raises(ValueError, match="special tokens must be"):
+        BPETokenizer([], special_tokens)
+
+
+@pytest.mark.parametrize(
+    "given_as", [list, tuple, iter, np.array, lambda ids: np.array(ids, np.uint16), lambda ids: (i for i in ids)]
+)
+def test_ids_may_come_in_any_form(ours, given_as):
+    assert ours.decode(given_as([15496, 11, 995, 0])) == "Hello, world!"
+    with pytest.raises(ValueError, match="0 to 50256; 50257"):
+        ours.decode(given_as([15496, 50257]))
+
+
+def test_line_ends_of_windows_change_no_merge(tmp_path, ours):
+    (tmp_path / "crlf.bpe").write_bytes(fetch("gpt2/vocab.bpe").read_bytes().replace(b"\n", b"\r\n"))
+    assert BPETokenizer.load(tmp_path / "crlf.bpe").merges == ours.merges

@@ -19,7 +19,9 @@ from llm_shared.weights import open_model
 def measure(model, text_path):
     """Return (loss in nats per token, bits per byte, number of tokens) of a text, in windows of 256 tokens without overlap."""
     tokenizer = gpt2_tokenizer()
-    blocks = (tokenizer.encode(block, allowed_special="all") for block in read_blocks(text_path))
+    blocks = (
+        tokenizer.encode(block, allowed_special="all") for block in read_blocks(text_path, tokenizer.special_tokens_set)
+    )
     tokens = np.fromiter(chain.from_iterable(blocks), np.int64)
     loader = create_dataloader(tokens, batch_size=8, context_length=256, stride=256, shuffle=False)
     device = model.tok_emb.weight.device

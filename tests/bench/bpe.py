@@ -1,6 +1,7 @@
 """Speed of the tokenizer, in pure Python, against Rust: python tests/bench/bpe.py [TEXT …]  (10 MB of UTF-8 text)"""
 
 import argparse
+import random
 import statistics
 import time
 from functools import partial
@@ -55,6 +56,20 @@ def main():
     record("bpe", "BPE encoding, 10 MB, warm cache", medians(contenders, 7))
     contenders["ours"] = lambda: BPETokenizer(ours.merges).encode_ordinary(text)
     record("bpe", "BPE encoding, 10 MB, cold cache", medians(contenders, 3))
+
+    letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=100_000))
+    for kind, word in {
+        "one letter": "a" * 100_000,
+        "random letters": letters,
+        "one syllable": "nghiêng" * 14_286,
+    }.items():
+        word = word[:100_000]
+        assert ours.encode_ordinary(word) == shipped.encode_ordinary(word)
+        contenders = {  # nothing is remembered of a word this long
+            "ours": partial(ours.encode_ordinary, word),
+            "tiktoken (Rust)": partial(shipped.encode_ordinary, word),
+        }
+        record("bpe", f"BPE encoding, a word of 100,000 characters, {kind}", medians(contenders, 21))
 
 
 if __name__ == "__main__":
