@@ -53,11 +53,11 @@ def save_model(folder, model, tokenizer):
 def read_safetensors(path, device="cpu"):
     """Return {name: tensor} of a safetensors file; on a CPU it is mapped: its bytes are read when they are used.
 
-    A file that is damaged, or lies about its content, is a ValueError.
+    A file that is missing, damaged, or lies about its content, is a ValueError.
     """
     try:
         return load_file(path, device=str(device))
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
 
 
