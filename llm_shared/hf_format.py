@@ -44,7 +44,7 @@ def check_settings(settings, fixed, harmless, source):
     other = [name for name, value in settings.items() if name not in known or value != fixed.get(name, value)]
     if other:
         other = ", ".join(f"{name!r:.60}: {settings[name]!r:.60}" for name in other[:5])
-        raise ValueError(f"{source} asks for what GPTModel cannot follow, or nobody here knows: {other}")
+        raise ValueError(f"{source}: GPTModel cannot follow, or nobody here knows: {other}; remove what has no effect")
 
 
 def config_from(settings, names, source):
@@ -68,7 +68,7 @@ def read_folder(folder, device="cpu"):
         found = ", ".join(sorted(path.name for path in folder.glob("*"))[:9])
         raise ValueError(f"{folder} needs model.safetensors, or its index, and holds {found}; pickles are not opened")
     places = read_settings(index).get("weight_map")  # {name of a tensor: name of its file}
-    if not isinstance(places, dict) or not all(re.fullmatch(r"[\w.-]+", str(file)) for file in places.values()):
+    if not isinstance(places, dict) or not all(re.fullmatch(r"'[\w.-]+'", repr(file)) for file in places.values()):
         raise ValueError(f"{index} does not name a file beside it for each tensor")
     shards = {file: read_safetensors(folder / file, device) for file in sorted(set(places.values()))}
     wrong = sorted(set(places.items()) ^ {(name, file) for file, shard in shards.items() for name in shard})
@@ -118,9 +118,7 @@ def bpe_of(tokenizer, model):
     special_tokens = sorted(tokenizer.special_tokens_set, key=tokenizer.encode_single_token)
     bpe = BPETokenizer(BPETokenizer.load(fetch("gpt2/vocab.bpe")).merges, special_tokens)
     if bpe.n_vocab != tokenizer.n_vocab or fingerprint(bpe) != fingerprint(tokenizer):
-        raise ValueError(
-            "of tiktoken's only GPT-2's, with more special tokens, can be exported; others as a BPETokenizer"
-        )
+        raise ValueError("of tiktoken's encodings only GPT-2's, with more special tokens, can be exported")
     return bpe
 
 
