@@ -17,7 +17,7 @@ from llm_shared.resources import replacing, write_safetensors
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.bpe"}
-PROBE = "Don't stop: 12345 của chúng  ta's\n\n\t½ 日本 'S, ok?"  # a text that tokenizers cut in different ways
+PROBE = "Don't stop: 12345 của chúng  ta's\n\n\t½ 日本 'S, ok? IT'S café IT'LL I'VE\n\n\n\nx"  # tokenizers cut it differently
 
 
 def fingerprint(tokenizer):
@@ -52,11 +52,11 @@ def save_model(folder, model, tokenizer):
 def read_safetensors(path, device="cpu"):
     """Return {name: tensor} of a safetensors file; on a CPU it is mapped: its bytes are read when they are used.
 
-    A file that is damaged, or lies about its content, is a ValueError.
+    A file that is missing, damaged, or lies about its content, is a ValueError.
     """
     try:
         return load_file(path, device=str(device))
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
 
 
@@ -77,8 +77,11 @@ def empty_model(config, weights, source):
     """
     if config.n_layer > len(weights):
         raise ValueError(f"{source}: {config.n_layer} layers are claimed, and there are {len(weights)} tensors")
-    with torch.device("meta"), SkipInit():
-        model = GPTModel(config)
+    try:
+        with torch.device("meta"), SkipInit():
+            model = GPTModel(config)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{source}: there is no model as large as {config}") from None
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     wrong = sorted(name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name))
     if wrong:

@@ -1,17 +1,35 @@
 """ch05 · GGUF, the one file that llama.cpp and Ollama open: a GPTModel and its tokenizer written to it, and read from it."""
 
+from contextlib import closing
+
+import numpy as np
 import torch
 
-from llm_shared.checkpoint import build_model
-from llm_shared.gpt import GPTConfig
-from llm_shared.hf_format import bpe_of, visible_tokens
+from llm_shared.checkpoint import build_model, own_weights
+from llm_shared.hf_format import bpe_of, check_settings, config_from, visible_tokens
 from llm_shared.resources import replacing
-from llm_shared.tokenizer import BPETokenizer
+from llm_shared.tokenizer import BYTES, VISIBLE, BPETokenizer
+from llm_shared.weights import tied, unique
 
 GGUF_NAMES = {  # a piece of our name: the same piece of llama.cpp's
     "tok_emb.": "token_embd.", "pos_emb.": "position_embd.", "blocks.": "blk.", "ln_1.": "attn_norm.", "attn.qkv.": "attn_qkv.",
     "attn.out_proj.": "attn_output.", "ln_2.": "ffn_norm.", "ffn.up.": "ffn_up.", "ffn.down.": "ffn_down.", "ln_f.": "output_norm.",
+    "lm_head.": "output.",
 }  # fmt: skip
+GGUF_CONFIG = {  # llama.cpp's name: ours
+    "gpt2.vocab_size": "vocab_size", "gpt2.context_length": "context_length", "gpt2.embedding_length": "n_embd",
+    "gpt2.attention.head_count": "n_head", "gpt2.block_count": "n_layer",
+}  # fmt: skip
+GGUF_FIXED = {  # what GPTModel and BPETokenizer do; llama.cpp's numbers are float32
+    "general.architecture": "gpt2", "general.type": "model", "split.count": 0, "gpt2.attention.causal": True,
+    "gpt2.attention.layer_norm_epsilon": float(np.float32(1e-5)), "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.ignore_merges": False, "tokenizer.ggml.add_bos_token": False,
+    "tokenizer.ggml.add_eos_token": False, "tokenizer.ggml.add_space_prefix": False,
+}  # fmt: skip
+GGUF_HARMLESS = [  # notes, and what is looked at elsewhere
+    "GGUF.*", "general.*", "quantize.*", "split.*", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
+    "tokenizer.ggml.scores", "tokenizer.ggml.*_token_id", "tokenizer.chat_template", "tokenizer.huggingface.json",
+]  # fmt: skip
 GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 NORMAL, CONTROL = 1, 3  # llama.cpp's kinds of tokens
 
@@ -19,14 +37,16 @@ NORMAL, CONTROL = 1, 3  # llama.cpp's kinds of tokens
 def export_gguf(model, file, tokenizer=None):
     """Write a GGUF file with the model, in its own dtype, and the tokenizer: GPT-2's unless given.
 
-    A tokenizer of another size is a ValueError.
+    Another tokenizer than the model's, a model that wears LoRA or is compiled, and one in float64 are a ValueError, a
+    failed write an OSError.
     """
     import gguf
 
-    c, bpe = model.config, bpe_of(tokenizer, model)
+    c, bpe, weights = model.config, bpe_of(tokenizer, model), own_weights(model)
     tokens, merges = visible_tokens(bpe)
-    with replacing(file) as temporary:
-        writer = gguf.GGUFWriter(temporary, "gpt2")
+    if not {weight.dtype for weight in weights.values()} <= set(GGUF_TYPES):
+        raise ValueError(f"the weights must be in one of {', '.join(GGUF_TYPES.values())}")
+    with replacing(file) as temporary, closing(gguf.GGUFWriter(temporary, "gpt2")) as writer:
         writer.add_context_length(c.context_length)
         writer.add_embedding_length(c.n_embd)
         writer.add_block_count(c.n_layer)
@@ -42,7 +62,6 @@ def export_gguf(model, file, tokenizer=None):
         if bpe.eot_token is not None:
             writer.add_bos_token_id(bpe.eot_token)
             writer.add_eos_token_id(bpe.eot_token)
-        weights = model.state_dict()
         if not c.qkv_bias:
             weights |= {f"blocks.{i}.attn.qkv.bias": torch.zeros(3 * c.n_embd) for i in range(c.n_layer)}
         for name, weight in weights.items():
@@ -55,23 +74,35 @@ def export_gguf(model, file, tokenizer=None):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
 
 
 def read_gguf(file):
     """Return (fields, weights) of a GGUF file, both {name: …}; weights in float32, whatever type they are stored in.
 
-    A file that is cut short, damaged or no GGUF is a ValueError.
+    A file that is cut short, damaged, big-endian or no GGUF is a ValueError.
     """
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, **order):  # all reading goes through it; gguf itself takes what there is
+            found = super()._get(offset, dtype, count, **order)
+            if len(found) != count:
+                raise ValueError(f"there are no {count} numbers at byte {offset}")
+            return found
+
     try:
-        reader = gguf.GGUFReader(file, "c")  # mapped; changes stay in memory
+        reader = Reader(file, "c")  # mapped; changes stay in memory
+        if reader.byte_order != "I":
+            raise ValueError("its numbers are big-endian")
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
-        arrays = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-        weights = {name: torch.from_numpy(array.reshape(shapes[name])) for name, array in arrays.items()}
-    except (OSError, LookupError, ValueError, OverflowError, TypeError) as error:
+        weights, end = {}, reader.data_offset
+        for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+            if tensor.data_offset < end:
+                raise ValueError(f"{tensor.name} overlaps what stands before it")
+            end = tensor.data_offset + tensor.n_bytes
+            array = gguf.dequantize(tensor.data, tensor.tensor_type)
+            weights[tensor.name] = torch.from_numpy(array.reshape(tensor.shape[::-1].tolist()))
+    except (OSError, LookupError, ValueError, OverflowError, TypeError, RuntimeError) as error:
         raise ValueError(f"{file} is damaged or no GGUF file: {error}") from None
     return fields, weights
 
@@ -79,27 +110,30 @@ def read_gguf(file):
 def load_gguf(file, device="cpu", dtype=torch.float32):
     """Return (model, tokenizer) of a GGUF file of the gpt2 architecture, the inverse of `export_gguf`.
 
-    Another architecture, or what does not fit, is a ValueError.
+    Another architecture, settings or a tokenizer that are not GPT-2's, and what does not fit are a ValueError.
     """
     fields, theirs = read_gguf(file)
     if fields.get("general.architecture") != "gpt2":
         raise ValueError(f"{file} holds the architecture {fields.get('general.architecture')!r}, not gpt2")
     try:
-        tokens = fields["tokenizer.ggml.tokens"]
-        config = GPTConfig(
-            vocab_size=len(tokens), context_length=fields["gpt2.context_length"], n_embd=fields["gpt2.embedding_length"],
-            n_head=fields["gpt2.attention.head_count"], n_layer=fields["gpt2.block_count"],
-        )  # fmt: skip
-        ids = {token: i for i, token in enumerate(tokens)}
-        merges = [tuple(ids[token] for token in merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    except KeyError as error:
-        raise ValueError(f"{file} does not say {error}") from None
-    tokenizer = BPETokenizer(merges, tokens[256 + len(merges) :])
-    if visible_tokens(tokenizer)[0] != tokens:
-        raise ValueError(f"{file} numbers its tokens otherwise than GPT-2 does")
-    weights = {}
+        tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
+        numbered = [*(VISIBLE[byte] for byte in BYTES), *(merge.replace(" ", "") for merge in merges)]
+        if tokens[: len(numbered)] != numbered:
+            raise ValueError("its tokens are numbered otherwise")
+        ids = unique((token, i) for i, token in enumerate(tokens))
+        pairs = [[ids[token] for token in merge.split(" ")] for merge in merges]
+        tokenizer = BPETokenizer(pairs, tokens[len(numbered) :])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not hold a tokenizer like GPT-2's: {error}") from None
+    c = config_from(fields | {"gpt2.vocab_size": len(tokens)}, GGUF_CONFIG, file)
+    same = {
+        "gpt2.vocab_size": len(tokens), "gpt2.feed_forward_length": 4 * c.n_embd, "gpt2.attention.head_count_kv": c.n_head,
+        "gpt2.attention.key_length": c.n_embd // c.n_head, "gpt2.attention.value_length": c.n_embd // c.n_head,
+    }  # fmt: skip
+    check_settings(fields, GGUF_FIXED | same, [*GGUF_CONFIG, *GGUF_HARMLESS], file)
+    weights = []
     for name, weight in theirs.items():
         for our, their in GGUF_NAMES.items():
             name = name.replace(their, our)
-        weights[name] = weight.to(device)
-    return build_model(config, weights, file, dtype), tokenizer
+        weights.append((name, weight.to(device)))
+    return build_model(c, tied(unique(weights)), file, dtype), tokenizer

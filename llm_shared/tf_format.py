@@ -1,6 +1,6 @@
 """ch05 · OpenAI's original GPT-2 files: a small reader of TensorFlow's checkpoint format, without TensorFlow."""
 
-import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from llm_shared.checkpoint import build_model
-from llm_shared.gpt import GPTConfig
-from llm_shared.weights import from_gpt2
+from llm_shared.hf_format import check_settings, config_from, read_settings
+from llm_shared.weights import from_gpt2, unique
 
 TF_CONFIG = {  # OpenAI's name in hparams.json: ours
     "n_vocab": "vocab_size", "n_ctx": "context_length", "n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer",
@@ -22,12 +22,13 @@ FLOAT32 = 1  # TensorFlow's number of the type
 
 def read_varint(data, at):
     """Return (number, where it ends): seven bits a byte, low ones first; the top bit says that more follow."""
-    number = shift = 0
-    while True:
+    number = 0
+    for shift in range(0, 64, 7):
         number |= (data[at] & 127) << shift
-        at, shift = at + 1, shift + 7
+        at += 1
         if data[at - 1] < 128:
             return number, at
+    raise ValueError("a number has more than 64 bits")
 
 
 def read_message(data):
@@ -88,24 +89,27 @@ def read_tf_checkpoint(prefix):
             raise ValueError("it does not end as an index does")
         _, at = read_varint(table[-48:], 0)  # the footer: where a table of statistics is (offset, size), then the index
         _, at = read_varint(table[-48:], at)
-        entries = {}
-        for _, handle in read_block(table, table[-48 + at :]):
-            entries |= dict(read_block(table, handle))
-        shards = read_message(entries.pop(b"")).get(1, [1])[0]
-        files = [f"{prefix}.data-{i:05d}-of-{shards:05d}" for i in range(shards)]
-        mapped = [np.memmap(file, mode="c") for file in files]  # changes stay in memory
-        arrays = {}
+        handles = [handle for _, handle in read_block(table, table[-48 + at :])]
+        entries = unique(entry for handle in handles for entry in read_block(table, handle))
+        header = read_message(entries.pop(b""))
+        if 2 in header:
+            raise ValueError("its numbers are big-endian")
+        shards, mapped, arrays = header.get(1, [1])[0], {}, {}
         for name, entry in entries.items():
             name, fields = name.decode(), {field: values[-1] for field, values in read_message(entry).items()}
             dimensions = read_message(fields.get(2, b"")).get(2, [])
             shape = [read_message(dimension).get(1, [0])[0] for dimension in dimensions]
-            offset, size = fields.get(4, 0), fields.get(5, 0)
-            data = mapped[fields.get(3, 0)][offset : offset + size]
-            if fields.get(1) != FLOAT32 or 7 in fields or len(data) != size or size != 4 * np.prod(shape, dtype=int):
+            shard, offset, size = fields.get(3, 0), fields.get(4, 0), fields.get(5, 0)
+            if shard not in mapped:
+                mapped[shard] = np.memmap(
+                    f"{prefix}.data-{shard:05d}-of-{shards:05d}", mode="c"
+                )  # changes stay in memory
+            data = mapped[shard][offset : offset + size]
+            if fields.get(1) != FLOAT32 or 7 in fields or len(data) != size or size != 4 * math.prod(shape):
                 raise ValueError(f"{name} is not a whole float32 array of shape {shape}")
             check_crc(data, fields[6], name)
             arrays[name] = data.view(np.float32).reshape(shape)
-    except (OSError, LookupError, struct.error, UnicodeDecodeError, ValueError) as error:
+    except (OSError, LookupError, struct.error, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{prefix}.index is damaged or no checkpoint: {error}") from None
     return arrays
 
@@ -126,14 +130,14 @@ def load_tf(folder, device="cpu", dtype=torch.float32):
 
     What is missing, damaged or does not fit is a ValueError.
     """
-    folder = Path(folder)
-    try:
-        theirs = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
-        config = GPTConfig(**{our: theirs[name] for name, our in TF_CONFIG.items()})
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} has no hparams.json of a GPT-2: {error}") from None
-    weights = {}
+    folder, source = Path(folder), Path(folder) / "hparams.json"
+    theirs = read_settings(source)
+    config = config_from(theirs, TF_CONFIG, source)
+    check_settings(theirs, {}, TF_CONFIG, source)
+    weights = []
     for name, array in read_tf_checkpoint(folder / "model.ckpt").items():
-        array = array[0] if array.ndim == 3 else array  # matrices are (1, d_in, d_out) there
-        weights[name_from_tf(name)] = torch.from_numpy(array).to(device)
-    return build_model(config, from_gpt2(weights), folder, dtype)
+        array = (
+            array[0] if array.shape[:1] == (1,) and array.ndim == 3 else array
+        )  # matrices are (1, d_in, d_out) there
+        weights.append((name_from_tf(name), torch.from_numpy(array).to(device)))
+    return build_model(config, from_gpt2(unique(weights)), folder, dtype)

@@ -1,6 +1,10 @@
 """What tests share: where the repository is, a text with everything in it, and the check of an error line."""
 
+import signal
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,3 +20,16 @@ def one_line(process, message):
     assert process.returncode == 1, process.stdout + process.stderr
     assert message in process.stderr, process.stderr
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A disk that is full after size bytes of each file."""
+    resource = pytest.importorskip("resource", reason="Windows cannot limit a process's files")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)

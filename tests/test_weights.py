@@ -5,20 +5,23 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from parity import hf_model
 from safetensors.torch import load_file, save_file
-from samples import ROOT
+from samples import ROOT, files_of_at_most, one_line
 
 from llm_shared import weights
+from llm_shared.checkpoint import read_safetensors, save_model
 from llm_shared.gpt import CONFIGS, GPTConfig, GPTModel
 from llm_shared.hf_format import to_gpt2
 from llm_shared.resources import fetch
 from llm_shared.results import with_results
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer
-from llm_shared.weights import load_pretrained, unpack_int8
+from llm_shared.weights import load_pretrained, unique, unpack_int8
 
 BOOKS = ROOT / "ch05/03_bonus_pretraining_on_gutenberg"
 SMALL = GPTConfig(vocab_size=97, context_length=16, n_embd=24, n_head=3, n_layer=2)
@@ -184,6 +187,92 @@ def test_int8_rows_come_back_within_half_a_step():
     assert ((back["w"] - weight).abs() <= 0.5001 * scale).all()
 
 
+PACKED = {"w": torch.ones(5, 3, dtype=torch.int8), "w.scale": torch.ones(5, 1), "b": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"w": None}, {"w.scale": None}, {"w.scale": torch.ones(1, 3)}, {"w.scale": torch.tensor(2.0)},
+        {"w.scale": torch.ones(5)}, {"w.scale": torch.ones(4, 1)}, {"w.scale": torch.ones(5, 1, 1)}, {"w": torch.ones(5, 3)},
+        {"b.scale": torch.ones(3, 1)}, {"more": torch.ones(2, 2, dtype=torch.int8)}, {"w": torch.tensor(1, dtype=torch.int8)},
+    ],
+)  # fmt: skip
+def test_a_matrix_and_its_scale_belong_together(change):
+    weights = {name: weight for name, weight in (PACKED | change).items() if weight is not None}
+    with pytest.raises(ValueError, match="an int8 matrix and its scale"):
+        unpack_int8(weights)
+    assert torch.equal(unpack_int8(PACKED)["w"], torch.ones(5, 3))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<!DOCTYPE html><title>502 Bad Gateway</title>", b"version https://git-lfs\n", None]
+)
+def test_a_foreign_file_in_the_cache_is_one_line(gpt2_file, content):
+    gpt2_file[1].unlink()
+    if content is not None:
+        gpt2_file[1].write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors is damaged or no safetensors file") as caught:
+        load_pretrained("small")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_comes_twice_is_not_lost():
+    assert unique([("a", 1), ("b", 2)]) == {"a": 1, "b": 2} and unique([]) == {}
+    with pytest.raises(ValueError, match="the name 'a' comes twice"):
+        unique([("b", 1), ("a", 1), ("a", 1)])
+
+
+OWN = BPETokenizer.train("the sea, the whale and the ship; the sea and the whale. " * 9, 280)
+TEXT = "the ship and the whale, the sea. " * 200
+
+
+@pytest.fixture
+def own_run(tmp_path):
+    """A model with a tokenizer of its own, as gpt_train.py leaves it, and a text."""
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(vocab_size=OWN.n_vocab, context_length=256, n_embd=8, n_head=2, n_layer=1))
+    save_model(tmp_path / "run", model, OWN)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return model, tmp_path
+
+
+def test_a_run_is_measured_with_its_own_tokenizer(own_run, script_here):
+    """Once GPT-2's was taken: ids beyond the vocabulary, or, in a larger one, a perplexity of nothing."""
+    model, folder = own_run
+    done = script_here(BOOKS / "evaluate_mini.py", "--model", folder / "run", "--text", folder / "text.txt")
+    assert done.returncode == 0, done.stderr
+    tokens = OWN.encode_ordinary(TEXT)
+    n = (len(tokens) - 1) // 256 * 256
+    ids = torch.tensor(tokens[: n + 1])
+    with torch.no_grad():
+        logits = model(ids[:-1].view(-1, 256)).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, ids[1:]).item()
+    assert f"{len(tokens):,} tokens of text.txt" in done.stdout
+    found = re.search(r"loss ([\d.]+) nats per token, perplexity ([\d.]+), ([\d.]+) bits per byte", done.stdout)
+    right = (loss, math.exp(loss), loss / math.log(2) * len(tokens) / len(TEXT))
+    assert [float(number) for number in found.groups()] == pytest.approx(right, rel=0.01)
+
+
+def test_only_a_mini_is_packed_as_mini(own_run, script_here, monkeypatch):
+    folder = own_run[1]
+    monkeypatch.setitem(CONFIGS, "mini", replace(CONFIGS["mini"], n_embd=8, n_head=2, n_layer=1))
+    (folder / "mini.safetensors").write_text("old")
+    pack = BOOKS / "pack_mini.py", "--out", folder / "mini.safetensors", "--checkpoint"
+    one_line(script_here(*pack, folder / "run"), "is no mini")
+    merges = [*BPETokenizer.load(fetch("gpt2/vocab.bpe")).merges[:-1], (0, 1)]
+    mini = GPTModel(CONFIGS["mini"])
+    save_model(folder / "other", mini, BPETokenizer(merges))  # as many tokens as GPT-2's, one of them another
+    one_line(script_here(*pack, folder / "other"), "is no mini")
+    assert (folder / "mini.safetensors").read_text() == "old"
+    save_model(folder / "good", mini, gpt2_tokenizer())
+    with files_of_at_most(100_000):
+        one_line(script_here(*pack, folder / "good"), "could not write")
+    assert (folder / "mini.safetensors").read_text() == "old"
+    assert script_here(*pack, folder / "good").returncode == 0
+    assert unpack_int8(read_safetensors(folder / "mini.safetensors"))["tok_emb.weight"].shape == (50257, 8)
+
+
 def test_mini_is_small_and_not_random():
     assert fetch("mini/model.safetensors").stat().st_size <= 25_000_000
     model = load_pretrained("mini", dtype=torch.bfloat16)
@@ -195,7 +284,7 @@ def test_the_datasheets_perplexity_is_reproduced(tmp_path):
     subprocess.run(prepare, check=True, capture_output=True)
     stated = float(re.search(r"perplexity \*\*([\d.]+)\*\*", (BOOKS / "README.en.md").read_text(encoding="utf-8"))[1])
     measure = script("evaluate_mini").measure
-    found = math.exp(measure(load_pretrained("mini"), tmp_path / "held-out.txt")[0])
+    found = math.exp(measure(load_pretrained("mini"), gpt2_tokenizer(), tmp_path / "held-out.txt")[0])
     assert found == pytest.approx(stated, rel=0.01)
 
 

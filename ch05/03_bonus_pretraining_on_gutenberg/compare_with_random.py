@@ -18,7 +18,7 @@ from llm_shared.data import EpochOrder
 from llm_shared.gpt import CONFIGS, GPTModel
 from llm_shared.hardware import keep_freed_memory, pick_dtype
 from llm_shared.loss import IGNORED, next_token_loss
-from llm_shared.resources import fetch
+from llm_shared.resources import fetch, replacing
 from llm_shared.results import write_results
 from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
@@ -94,7 +94,8 @@ def results():
     text = read_book(fetch("moby-dick.txt"))
     moby.write_text(text[int(0.95 * len(text)) :], encoding="utf-8")
     for start in ("random", "mini"):
-        held_out, moby_dick = (math.exp(measure(new_model(start, 0), path)[0]) for path in (HELD_OUT, moby))
+        model, tokenizer = new_model(start, 0), gpt2_tokenizer()
+        held_out, moby_dick = (math.exp(measure(model, tokenizer, path)[0]) for path in (HELD_OUT, moby))
         rows = found[start] = {"held-out": [held_out], "moby-dick": [moby_dick]}
         rows |= {"spam, last block": [], "spam, all": [], "instruction": []}
         for seed in range(SEEDS):
@@ -137,7 +138,8 @@ def main():
     if not HELD_OUT.exists():
         raise ValueError(f"{HELD_OUT} is missing: run prepare_books.py first")
     found = results()
-    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with replacing(HERE / "results.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     write_results(HERE, partial(table, found))
     print(table(found, 0))
 

@@ -16,12 +16,13 @@ from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.weights import open_model
 
 
-def measure(model, text_path):
-    """Return (loss in nats per token, bits per byte, number of tokens) of a text, in windows of 256 tokens without overlap."""
-    tokenizer = gpt2_tokenizer()
-    blocks = (
-        tokenizer.encode(block, allowed_special="all") for block in read_blocks(text_path, tokenizer.special_tokens_set)
-    )
+def measure(model, tokenizer, text_path):
+    """Return (loss in nats per token, bits per byte, number of tokens) of a text, in windows of 256 tokens without overlap.
+
+    The tokenizer is the model's own; models with different ones are compared by their bits per byte.
+    """
+    blocks = read_blocks(text_path, tokenizer.special_tokens_set)
+    blocks = (tokenizer.encode(block, allowed_special="all") for block in blocks)
     tokens = np.fromiter(chain.from_iterable(blocks), np.int64)
     loader = create_dataloader(tokens, batch_size=8, context_length=256, stride=256, shuffle=False)
     device = model.tok_emb.weight.device
@@ -40,8 +41,11 @@ def main():
     args = parser.parse_args()
     keep_freed_memory()
     device = pick_device("auto")
-    model = GPTModel(CONFIGS["mini"]).to(device) if args.model == "random" else open_model(args.model, device)[0]
-    loss, bits, n_tokens = measure(model, args.text)
+    if args.model == "random":
+        model, tokenizer = GPTModel(CONFIGS["mini"]).to(device), gpt2_tokenizer()
+    else:
+        model, tokenizer = open_model(args.model, device)
+    loss, bits, n_tokens = measure(model, tokenizer, args.text)
     print(f"{args.model} on {n_tokens:,} tokens of {Path(args.text).name}:")
     print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {bits:.3f} bits per byte")
 

@@ -1,14 +1,16 @@
 """Pack a trained checkpoint into the small file that the package carries: the embedding in int8, the rest in bfloat16."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from llm_shared.checkpoint import load_model
+from llm_shared.checkpoint import fingerprint, load_model, own_weights
 from llm_shared.cli import run
-from llm_shared.resources import replacing
+from llm_shared.gpt import CONFIGS
+from llm_shared.resources import write_safetensors
+from llm_shared.tokenizer import gpt2_tokenizer
 
 
 def pack_int8(weight):
@@ -22,11 +24,12 @@ def main():
     parser.add_argument("--checkpoint", default="runs/mini", help="folder that gpt_train.py wrote")
     parser.add_argument("--out", type=Path, default=Path("llm_shared/assets/mini/model.safetensors"))
     args = parser.parse_args()
-    model, _ = load_model(args.checkpoint)
-    weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    model, tokenizer = load_model(args.checkpoint)
+    if replace(model.config, dropout=0.0) != CONFIGS["mini"] or fingerprint(tokenizer) != fingerprint(gpt2_tokenizer()):
+        raise ValueError(f"{args.checkpoint} is no mini: mini has {CONFIGS['mini']} and GPT-2's tokenizer")
+    weights = {name: weight.bfloat16() for name, weight in own_weights(model).items()}
     weights["tok_emb.weight"], weights["tok_emb.weight.scale"] = pack_int8(model.tok_emb.weight.detach())
-    with replacing(args.out) as temporary:
-        save_file(weights, temporary)
+    write_safetensors(args.out, weights)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
 
 

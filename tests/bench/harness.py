@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from llm_shared.hardware import has_amx
-
 import torch
+
+from llm_shared.hardware import has_amx
 
 RESULTS = Path(__file__).parent / "results"
 WORKER = Path(__file__).with_name("worker.py")
@@ -120,7 +120,9 @@ def table(title, races):
         cells = ""
         for race in races.values():
             there = name in race["seconds"]
-            cells += f" {race['seconds']['ours'] / race['seconds'][name]:.2f} | {share(race, name)} |" if there else " | |"
+            cells += (
+                f" {race['seconds']['ours'] / race['seconds'][name]:.2f} | {share(race, name)} |" if there else " | |"
+            )
         lines.append(f"| {name} |{cells}")
     for processor, race in races.items():
         lead_text = f"ours / fastest peer: {lead(race['seconds']):.2f}×"

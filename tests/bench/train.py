@@ -8,6 +8,7 @@ from models import BATCH
 
 from llm_shared.gpt import CONFIGS, GPTModel
 
+
 def step_flops(size):
     """Operations of a step that any implementation must do: 6 a weight and token, and attention's two products."""
     config, tokens = CONFIGS[size], BATCH[size] * 256
