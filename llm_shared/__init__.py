@@ -1,5 +1,11 @@
 """The shared code of the book, one idea per file; the map below is the order in which the reader builds it."""
 
+import os
+
+# Two OpenMP threads that wait for each other by spinning starve beside any busy program, so they are told to sleep. It
+# counts only before torch is imported: everywhere in this repository llm_shared is imported first.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 CHAPTERS = {
     "download": "setup",
     "resources": "setup",
@@ -7,10 +13,10 @@ CHAPTERS = {
     "hardware": "setup",
     "cli": "setup",
     "results": "setup",
+    "linear": "setup",
     "symbols": "ch02",
     "tokenizer": "ch02",
     "data": "ch02",
-    "linear": "ch03",
     "attention": "ch03",
     "gpt": "ch04",
     "generate": "ch05",

@@ -72,3 +72,22 @@ def drop_unwritable_output():
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def progress(steps, **options):
+    """Return tqdm(steps, …); in a log file it writes a line every few seconds, where a terminal shows one bar that moves."""
+    from tqdm import tqdm
+
+    log = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+    return tqdm(steps, **options, **({"file": Log(), "mininterval": 5} if log else {}))
+
+
+class Log:
+    """Standard error as a log: what would overwrite the last line becomes a new one."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip("\r\n ") + "\n")
+
+    def flush(self):
+        sys.stderr.flush()

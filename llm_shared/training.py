@@ -5,8 +5,7 @@ import time
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
-
+from llm_shared.cli import progress
 from llm_shared.loss import autocast, count_targets, evaluate, next_token_loss
 
 
@@ -48,8 +47,8 @@ def train(
     batches = endless(loader, first * accumulate)
     seen_loss, seen_count = 0.0, 0  # since the last evaluation
     model.train()
-    progress = tqdm(range(first, steps), initial=first, total=steps, unit="step", dynamic_ncols=True)
-    for step in progress:
+    bar = progress(range(first, steps), initial=first, total=steps, unit="step", dynamic_ncols=True)
+    for step in bar:
         started = time.perf_counter()
         if schedule:
             for group in optimizer.param_groups:
@@ -72,7 +71,7 @@ def train(
 
         seen_loss, seen_count = seen_loss + step_loss * count, seen_count + count
         speed = f"{count / (time.perf_counter() - started):,.0f} targets/s"
-        progress.set_postfix_str(f"loss {step_loss:.3f}, {speed}")
+        bar.set_postfix_str(f"loss {step_loss:.3f}, {speed}")
         if (step + 1) % eval_every == 0 or step + 1 == steps:
             val_loss = evaluate(model, val_loader, loss_fn, eval_batches, dtype)
             history.append({"step": step + 1, "train_loss": seen_loss / seen_count, "val_loss": val_loss})
