@@ -7,6 +7,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -155,6 +156,15 @@ def drop_others(folder, kept):
     remove_leftovers(folder, "step-[0-9]{8,}")
 
 
+def plain(value):
+    """Return value with Python's own numbers for numpy's, and texts for paths: else run.pt could not be read back."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
+
+
 def save_checkpoint(folder, model, tokenizer, optimizer, history, settings):
     """Write all that the run needs to go on to folder/step-…, then drop the checkpoints before it.
 
@@ -167,12 +177,11 @@ def save_checkpoint(folder, model, tokenizer, optimizer, history, settings):
         random_states["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
         random_states["mps"] = torch.mps.get_rng_state()
-    plain = json.loads(json.dumps(settings, default=lambda value: getattr(value, "item", value.__str__)()))  # no numpy
-    run = {"optimizer": optimizer.state_dict(), "random": random_states, "history": history, "settings": plain}
+    run = {"optimizer": optimizer.state_dict(), "random": random_states, "history": history, "settings": settings}
     try:
         with replacing(target, RUN_FILES) as temporary:
             save_model(temporary, model, tokenizer)
-            torch.save(run, temporary / "run.pt")
+            torch.save(plain(run), temporary / "run.pt")
     except (RuntimeError, OSError) as error:  # torch.save says RuntimeError when the disk is full
         reason = str(error).splitlines()[0]
         raise OSError(f"could not save the checkpoint {target}: {reason}; the one before it is untouched") from error

@@ -23,9 +23,10 @@ BONUS_NOTEBOOKS = {  # modules that a bonus notebook builds
     "gguf_format": "ch05/02_alternative_weight_loading/weight-export-gguf.ipynb",
     "tf_format": "ch05/02_alternative_weight_loading/weight-loading-tensorflow.ipynb",
 }
-PLUMBING = {  # names of files and their cleaning: not the lesson, so the notebook imports them
+PLUMBING = {  # names of files, their cleaning, types that a file can hold: not the lesson, so the notebook imports them
     "checkpoints",
     "drop_others",
+    "plain",
 }
 
 
