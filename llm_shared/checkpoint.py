@@ -125,7 +125,7 @@ def load_model(folder, device="cpu", dtype=torch.float32):
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tokens = settings.pop("tokenizer", None)  # older folders do not say it
         config = GPTConfig(**settings)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is damaged or not a checkpoint of this project: {error}") from None
     model = build_model(config, read_safetensors(folder / "model.safetensors", device), folder, dtype)
     bpe = folder / "tokenizer.bpe"
@@ -156,12 +156,12 @@ def drop_others(folder, kept):
     remove_leftovers(folder, "step-[0-9]{8,}")
 
 
-def plain(value):
+def plain_values(value):
     """Return value with Python's own numbers for numpy's, and texts for paths: else run.pt could not be read back."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value))
+        return type(value)(map(plain_values, value))
     return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
 
 
@@ -181,7 +181,7 @@ def save_checkpoint(folder, model, tokenizer, optimizer, history, settings):
     try:
         with replacing(target, RUN_FILES) as temporary:
             save_model(temporary, model, tokenizer)
-            torch.save(plain(run), temporary / "run.pt")
+            torch.save(plain_values(run), temporary / "run.pt")
     except (RuntimeError, OSError) as error:  # torch.save says RuntimeError when the disk is full
         reason = str(error).splitlines()[0]
         raise OSError(f"could not save the checkpoint {target}: {reason}; the one before it is untouched") from error

@@ -26,7 +26,7 @@ BONUS_NOTEBOOKS = {  # modules that a bonus notebook builds
 PLUMBING = {  # names of files, their cleaning, types that a file can hold: not the lesson, so the notebook imports them
     "checkpoints",
     "drop_others",
-    "plain",
+    "plain_values",
 }
 
 
