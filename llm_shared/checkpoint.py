@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,10 +15,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.resources import replacing, write_safetensors
+from llm_shared.resources import remove_leftovers, replacing, write_safetensors
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.bpe"}
+RUN_FILES = MODEL_FILES | {"run.pt"}
+FREE = {"data", "tokenizer", "compile"}  # settings that may change: what comes of the first two is in "tokens"
+CAUSES = {
+    "dtype": "dtype={0} (add --dtype {0})",
+    "steps": "steps={} (the learning rate depends on them: for more steps begin another run)",
+    "tokens": "other tokens (the text or the tokenizer has changed)",
+}
 PROBE = "Don't stop: 12345 của chúng  ta's\n\n\t½ 日本 'S, ok? IT'S café IT'LL I'VE\n\n\n\nx"  # tokenizers cut it differently
 
 
@@ -34,16 +43,16 @@ def save_model(folder, model, tokenizer):
     It replaces what it wrote there before. A folder that holds something else, a tokenizer that does not fit or
     cannot be written, and a model whose weights have names of their own (LoRA, torch.compile) are a ValueError.
     """
-    folder, tokens, weights = Path(folder), fingerprint(tokenizer), own_weights(model)
-    if not isinstance(tokenizer, BPETokenizer) and tokens != fingerprint(gpt2_tokenizer()):
+    folder, weights = Path(folder), own_weights(model)
+    if not isinstance(tokenizer, BPETokenizer) and (
+        tokenizer.n_vocab != gpt2_tokenizer().n_vocab or fingerprint(tokenizer) != fingerprint(gpt2_tokenizer())
+    ):
         raise ValueError("only GPT-2's own tokenizer or a BPETokenizer can be saved: make one with the same merges")
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - MODEL_FILES:
-        raise ValueError(f"{folder} holds other files than a model's: choose another folder")
-    with replacing(folder) as temporary:
+    with replacing(folder, MODEL_FILES) as temporary:
         write_safetensors(temporary / "model.safetensors", weights)
-        config = asdict(model.config) | {"tokenizer": tokens}
+        config = asdict(model.config) | {"tokenizer": fingerprint(tokenizer)}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if isinstance(tokenizer, BPETokenizer):
             tokenizer.save(temporary / "tokenizer.bpe")
@@ -119,7 +128,7 @@ def load_model(folder, device="cpu", dtype=torch.float32):
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tokens = settings.pop("tokenizer", None)  # older folders do not say it
         config = GPTConfig(**settings)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is damaged or not a checkpoint of this project: {error}") from None
     model = build_model(config, read_safetensors(folder / "model.safetensors", device), folder, dtype)
     bpe = folder / "tokenizer.bpe"
@@ -129,9 +138,34 @@ def load_model(folder, device="cpu", dtype=torch.float32):
     return model, tokenizer
 
 
+def checkpoints(folder):
+    """Return the folders in a run's folder that have a checkpoint's name, by step."""
+    found = [path for path in Path(folder).glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name)]
+    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def newest_checkpoint(folder):
-    """Return the folder of the last whole checkpoint of a run, or None."""
-    return max(Path(folder).glob("step-" + "[0-9]" * 8), default=None)
+    """Return the folder of a run's newest whole checkpoint, or None; one that was copied in part does not count."""
+    needed = ("config.json", "model.safetensors", "run.pt")
+    whole = [path for path in checkpoints(folder) if all((path / name).is_file() for name in needed)]
+    return whole[-1] if whole else None
+
+
+def drop_others(folder, kept):
+    """Remove all checkpoints but one, and what killed writers left; folders that hold anything else are the reader's."""
+    for path in checkpoints(folder):
+        if path != kept and {file.name for file in path.iterdir()} <= RUN_FILES:
+            shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(folder, "step-[0-9]{8,}")
+
+
+def plain_values(value):
+    """Return value with Python's own numbers for numpy's, and texts for paths: else run.pt could not be read back."""
+    if isinstance(value, dict):
+        return {key: plain_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain_values, value))
+    return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
 
 
 def save_checkpoint(folder, model, tokenizer, optimizer, history, settings):
@@ -144,38 +178,45 @@ def save_checkpoint(folder, model, tokenizer, optimizer, history, settings):
     random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        random_states["mps"] = torch.mps.get_rng_state()
     run = {"optimizer": optimizer.state_dict(), "random": random_states, "history": history, "settings": settings}
     try:
-        with replacing(target) as temporary:
+        with replacing(target, RUN_FILES) as temporary:
             save_model(temporary, model, tokenizer)
-            torch.save(run, temporary / "run.pt")
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise OSError(f"could not save the checkpoint {target}: {error}; the one before it is untouched") from error
-    for old in Path(folder).glob("step-*"):
-        if old != target:
-            shutil.rmtree(old)
+            torch.save(plain_values(run), temporary / "run.pt")
+    except (RuntimeError, OSError) as error:  # torch.save says RuntimeError when the disk is full
+        reason = str(error).splitlines()[0]
+        raise OSError(f"could not save the checkpoint {target}: {reason}; the one before it is untouched") from error
+    drop_others(folder, target)
 
 
-def load_checkpoint(folder, model, optimizer, settings):
+def load_checkpoint(folder, model, optimizer, settings, unsaid=None):
     """Put the run in folder back as it was when its newest checkpoint was written; return its history.
 
-    ValueError if there is none, if it is damaged, or if it was made with other settings.
+    ValueError if there is none, if it is damaged, or made with other settings; unsaid: those that it may not name.
     """
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f"{folder} holds no checkpoint to resume: run once without --resume")
     try:
-        run = torch.load(checkpoint / "run.pt", weights_only=True)
+        run = torch.load(checkpoint / "run.pt", map_location="cpu", weights_only=True)
+        was, history, states = (unsaid or {}) | run["settings"], run["history"], run["random"]
+        moments = run["optimizer"]
     except Exception as error:
-        raise ValueError(f"{checkpoint / 'run.pt'} is damaged: {error}".splitlines()[0]) from None
-    changed = [key for key in sorted(settings | run["settings"]) if settings.get(key) != run["settings"].get(key)]
-    if changed:
-        was = ", ".join(f"{key}={run['settings'].get(key)}" for key in changed)
-        raise ValueError(f"the run in {folder} was made with {was}: resume it with the same, or choose another folder")
-    saved, _ = load_model(checkpoint)
-    model.load_state_dict(saved.state_dict())
-    optimizer.load_state_dict(run["optimizer"])
-    torch.set_rng_state(run["random"]["cpu"])
-    if "cuda" in run["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(run["random"]["cuda"])
-    return run["history"]
+        raise ValueError(f"{checkpoint / 'run.pt'} is damaged or no run's: {error}".splitlines()[0]) from None
+    changed = [key for key in sorted((was | settings).keys() - FREE) if (was.get(key) or 0) != (settings.get(key) or 0)]
+    made = [CAUSES.get(key, f"{key}={{}}").format(str(was.get(key)).removeprefix("torch.")) for key in changed]
+    if made:
+        made = ", ".join(made)
+        raise ValueError(f"the run in {folder} was made with {made}: resume it with the same, or choose another folder")
+    weights = load_model(checkpoint)[0].state_dict()
+    empty_model(model.config, weights, checkpoint)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    torch.set_rng_state(states["cpu"])  # of the other devices, those that this machine has
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+    return history

@@ -3,18 +3,19 @@
 import math
 import zlib
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from llm_shared.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from llm_shared.data import create_dataloader, load_tokens, write_tokens
+from llm_shared.checkpoint import drop_others, load_checkpoint, newest_checkpoint, save_checkpoint
+from llm_shared.data import BLOCK, create_dataloader, load_tokens, write_tokens
 from llm_shared.generate import generate
 from llm_shared.gpt import CONFIGS, GPTModel
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.loss import bits_per_byte, next_token_loss, unigram_entropy
-from llm_shared.resources import fetch, replacing
+from llm_shared.resources import fetch, locked, replacing
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
 
@@ -32,7 +33,6 @@ class PretrainSettings:
     batch_size: int = 4
     accumulate: int = 1
     lr: float = 2e-3
-    warmup_steps: int = 50
     weight_decay: float = 0.1
     clip: float = 1.0
     val_fraction: float = 0.05
@@ -42,74 +42,87 @@ class PretrainSettings:
     compile: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in {"steps": 1, "batch_size": 1, "accumulate": 1, "eval_every": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value < 2**63:
+                raise ValueError(f"{name} must be at least {least}, a whole number, not {value!r}")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0, not {self.weight_decay}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         if self.model not in CONFIGS:
             raise ValueError(f"no model is called {self.model!r}; there are {', '.join(CONFIGS)}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype must be auto, float32 or bfloat16, not {self.dtype!r}")
 
 
-def pretrain(settings, out, schedule=None, device="auto", resume=False):
+def pretrain(settings, out, schedule=None, device="auto", resume=False, **shape):
     """Train a GPT on a text as settings say; leave tokens, checkpoint and loss.png in the folder out; print a report.
 
-    schedule: step → learning rate, constant if None. With resume, the run in out goes on where it stopped.
+    schedule(lr, total_steps=steps, **shape) → (step → learning rate), constant if None; shape: numbers of its own.
+    With resume, the run in out goes on where it stopped. A run still at work in out is an OSError.
     """
+    for name, number in shape.items():
+        if schedule is None or not 0 <= number < math.inf:
+            raise ValueError(f"{name} must be at least 0, and needs a schedule; {number} was given")
+    rate = schedule and schedule(settings.lr, total_steps=settings.steps, **shape)
     out = Path(out)
-    if not resume and newest_checkpoint(out):
-        raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
     keep_freed_memory()
     device = pick_device(device)
     dtype = pick_dtype(settings.dtype, device)
     tokenizer = gpt2_tokenizer() if settings.tokenizer == "gpt2" else BPETokenizer.load(settings.tokenizer)
     text = Path(settings.data) if Path(settings.data).exists() else fetch(settings.data)
-    tokens = load_tokens(write_tokens(text, out / "tokens", tokenizer))
-    n_train = int(len(tokens) * (1 - settings.val_fraction))
+    base = CONFIGS[settings.model]
+    length = base.context_length if settings.context_length is None else settings.context_length
+    config = replace(base, vocab_size=tokenizer.n_vocab, context_length=length, dropout=settings.dropout)
+    with locked(out):
+        if not resume and newest_checkpoint(out):
+            raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+        drop_others(out, newest_checkpoint(out))
+        tokens = load_tokens(write_tokens(text, out / "tokens", tokenizer))
+        n_train = int(len(tokens) * (1 - settings.val_fraction))
+        if (n_val := len(tokens) - n_train) <= length:
+            few = f"{n_val} tokens for validation are too few for one window of {length}"
+            raise ValueError(f"{few}: raise val_fraction, take a longer text, or lower context_length")
+        loader = create_dataloader(tokens[:n_train], settings.batch_size, length, stride=length, seed=settings.seed)
+        val_loader = create_dataloader(tokens[n_train:], settings.batch_size, length, stride=length, shuffle=False)
 
-    config = replace(CONFIGS[settings.model], vocab_size=tokenizer.n_vocab, dropout=settings.dropout)
-    config = replace(config, context_length=settings.context_length or config.context_length)
-    length = config.context_length
-    loader = create_dataloader(tokens[:n_train], settings.batch_size, length, stride=length, seed=settings.seed)
-    val_loader = create_dataloader(tokens[n_train:], settings.batch_size, length, stride=length, shuffle=False)
+        torch.manual_seed(settings.seed)
+        model = GPTModel(config).to(device)
+        optimizer = make_optimizer(model, settings.lr, settings.weight_decay)
+        fixed = asdict(settings) | shape | {"schedule": getattr(schedule, "__name__", None)}
+        fixed |= {"dtype": str(dtype), "tokens": zlib.crc32(tokens)}
+        unsaid = asdict(PretrainSettings()) | {"schedule": fixed["schedule"]}  # what runs of older versions do not say
+        history = load_checkpoint(out, model, optimizer, fixed, unsaid) if resume else []
+        n_weights = sum(weight.numel() for weight in model.parameters())
+        print(f"{settings.model}: {n_weights:,} weights on {device} in {dtype}; {n_train:,} tokens of {text.name}")
 
-    torch.manual_seed(settings.seed)
-    model = GPTModel(config).to(device)
-    optimizer = make_optimizer(model, settings.lr, settings.weight_decay)
-    fixed = asdict(settings) | {"dtype": str(dtype), "tokens": zlib.crc32(tokens)}
-    history = load_checkpoint(out, model, optimizer, fixed) if resume else []
-    n_weights = sum(weight.numel() for weight in model.parameters())
-    print(f"{settings.model}: {n_weights:,} weights on {device} in {dtype}; {n_train:,} tokens of {text.name}")
+        prompt = tokens[n_train : n_train + 8].tolist()
 
-    prompt = tokens[n_train : n_train + 8].tolist()
+        def on_eval(history):
+            save_checkpoint(out, model, tokenizer, optimizer, history, fixed)
+            now = history[-1]
+            tqdm.write(f"step {now['step']}: train loss {now['train_loss']:.3f}, validation loss {now['val_loss']:.3f}")
+            tqdm.write("  " + write_sample(model, tokenizer, prompt, 30, settings.seed).replace("\n", " "))
 
-    def on_eval(history):
-        save_checkpoint(out, model, tokenizer, optimizer, history, fixed)
-        now = history[-1]
-        tqdm.write(f"step {now['step']}: train loss {now['train_loss']:.3f}, validation loss {now['val_loss']:.3f}")
-        tqdm.write("  " + write_sample(model, tokenizer, prompt, 30, settings.seed).replace("\n", " "))
+        loss_fn = torch.compile(next_token_loss) if settings.compile else next_token_loss
+        history = train(
+            model, optimizer, loader, val_loader, settings.steps, loss_fn=loss_fn, schedule=rate, clip=settings.clip,
+            accumulate=settings.accumulate, dtype=dtype, eval_every=settings.eval_every, history=history, on_eval=on_eval,
+        )  # fmt: skip
 
-    loss_fn = torch.compile(next_token_loss) if settings.compile else next_token_loss
-    history = train(
-        model, optimizer, loader, val_loader, settings.steps, loss_fn=loss_fn, schedule=schedule, clip=settings.clip,
-        accumulate=settings.accumulate, dtype=dtype, eval_every=settings.eval_every, history=history, on_eval=on_eval,
-    )  # fmt: skip
-    entropy = unigram_entropy(tokens)
-    plot_losses(history, entropy, out / "loss.png")
-
-    val_loss = history[-1]["val_loss"]
-    n_bytes = len(tokenizer.decode_bytes(tokens[n_train:].tolist()))
-    bits, perplexity = bits_per_byte(val_loss, len(tokens) - n_train, n_bytes), math.exp(val_loss)
-    print(f"\nvalidation loss {val_loss:.3f} nats per token, perplexity {perplexity:.1f}, {bits:.3f} bits per byte")
-    print(f"to compare: without any context, at best {entropy:.3f} nats per token (unigram entropy)")
-    print(f"\n{write_sample(model, tokenizer, prompt, 80, settings.seed)}\n")
-    print(f"checkpoint {newest_checkpoint(out)}, loss curve {out / 'loss.png'}")
+        entropy, val_loss = unigram_entropy(tokens), history[-1]["val_loss"]
+        parts = (tokens[i : i + BLOCK].tolist() for i in range(n_train, len(tokens), BLOCK))
+        bits = bits_per_byte(val_loss, n_val, sum(len(tokenizer.decode_bytes(part)) for part in parts))
+        perplexity = math.exp(val_loss)
+        print(f"\nvalidation loss {val_loss:.3f} nats per token, perplexity {perplexity:.1f}, {bits:.3f} bits per byte")
+        print(f"to compare: without any context, at best {entropy:.3f} nats per token (unigram entropy)")
+        print(f"\n{write_sample(model, tokenizer, prompt, 80, settings.seed)}\n")
+        print(f"checkpoint {newest_checkpoint(out)}, loss curve {out / 'loss.png'}")
+        plot_losses(history, entropy, out / "loss.png")  # last: should it fail, the result has been said
 
 
 def write_sample(model, tokenizer, prompt, max_new_tokens, seed):

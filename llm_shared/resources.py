@@ -1,14 +1,17 @@
 """setup · fetch(name): the one way to a file, bundled, cached or downloaded; and writing that never leaves half a file."""
 
-import glob
 import os
+import re
+import secrets
 import shutil
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from llm_shared.download import download, verify
 
+YOUNG = 60  # seconds within which a workshop may not be locked yet
 ASSETS = Path(__file__).parent / "assets"
 CACHE = Path(os.environ.get("LLM_CACHE") or "~/.cache/llm_shared")  # "~" is looked up later: not everybody has a home
 
@@ -80,42 +83,59 @@ def fetch(name):
 
 
 @contextmanager
-def replacing(path):
+def replacing(path, ours=()):
     """Yield a temporary path; what stands there at the end, file or folder, takes path's place, and its name, in one step.
 
     After an error path is what it was, and nothing else is left. What a killed process left behind is removed first.
+    A folder is replaced if it holds the names `ours` and no others; else, or if it is the current one, a ValueError.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        if others := sorted(set(os.listdir(path)) - set(ours)):
+            raise ValueError(f"{path} holds other files than those to replace, as {others[0]}: choose another folder")
+        if Path.cwd().is_relative_to(path):
+            raise ValueError(f"{path} is the current folder, which cannot be replaced: choose one inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    workshop = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    workshop.mkdir()
-    temporary, before = workshop / path.name, workshop / "before"
+    remove_leftovers(path.parent, re.escape(path.name[:50]))
+    workshop = path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.tmp")  # the length of a name is limited
+    temporary = workshop / "new" / path.name
     try:
-        yield temporary
-        for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
-            with open(file, "rb+") as written:
-                os.fsync(written.fileno())  # on the disk before it has the name, should the power fail
-        if path.is_dir():  # a folder takes the place of an empty one only: the one before steps aside
-            os.replace(path, before)
-        try:
+        with locked(workshop):
+            temporary.parent.mkdir()
+            yield temporary
+            for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
+                with open(file, "rb+" if os.name == "nt" else "rb") as written:
+                    os.fsync(written.fileno())  # on the disk before it has the name, should the power fail
+            if temporary.is_dir() and path.is_dir():  # no folder takes another one's name: that steps aside
+                os.replace(path, workshop / "before")
             os.replace(temporary, path)
-        except OSError:
-            if before.exists():
-                os.replace(before, path)
-            raise
+    except OSError as error:
+        if type(error) is OSError and path.name not in str(error):  # nameless, as of a full disk
+            raise OSError(f"could not write {path}: {error}") from error
+        raise
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        clear(workshop)
 
 
-def remove_leftovers(path):
-    """Remove the workshops of `replacing(path)` whose process has died."""
-    import psutil
+def clear(workshop):
+    """Remove a workshop of `replacing`; a folder that had stepped aside for one that did not come gets its name back."""
+    before = workshop / "before"
+    with suppress(FileNotFoundError):  # another process may do the same
+        for late in (workshop / "new").glob("*"):
+            if before.exists() and not (workshop.parent / late.name).exists():
+                os.replace(before, workshop.parent / late.name)
+    shutil.rmtree(workshop, ignore_errors=True)
 
-    for old in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        pid = old.name.removeprefix(f"{path.name}.").removesuffix(".tmp")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
-            shutil.rmtree(old, ignore_errors=True)
+
+def remove_leftovers(folder, name):
+    """Remove the workshops in which processes that have died were replacing a name; name: a regular expression."""
+    for old in Path(folder).glob("*.tmp"):
+        if re.fullmatch(rf"{name}\.[0-9a-f]+\.tmp", old.name) and old.is_dir():
+            with suppress(OSError):
+                if time.time() - old.stat().st_mtime > YOUNG:
+                    with locked(old):  # else somebody is at work there
+                        pass
+                    clear(old)
 
 
 def write_safetensors(path, weights, metadata=None):
@@ -135,7 +155,7 @@ def write_safetensors(path, weights, metadata=None):
 
 @contextmanager
 def locked(folder):
-    """Keep a folder to this process: while another one has it, an OSError. A process that dies gives it back."""
+    """Keep a folder to this caller: while another one has it, an OSError. A process that dies gives it back."""
     import filelock
 
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,16 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -91,6 +95,160 @@ def test_only_the_newest_checkpoint_stays(run_state):
     assert [path.name for path in out.iterdir()] == ["step-00000200"]
 
 
+def test_only_ones_own_checkpoints_are_removed(run_state):
+    model, optimizer, out = run_state
+    theirs = [
+        "step-by-step-notes",
+        "step-00000100-backup",
+        "step-100",
+        "step-00000001.2024.notes.tmp",
+        "my step-00000001",
+    ]
+    for name in [*theirs, "step-00000004"]:
+        (out / name).mkdir(parents=True)
+        (out / name / "notes.txt").write_text("mine")
+    (out / "step-00000200").write_text("a file")
+    for name in ("step-00000007.99999999.tmp", "step-00000008.0123456789abcdef.tmp"):  # writers killed at other steps
+        (out / name / "new").mkdir(parents=True)
+    for step in (5, 10, 99_999_999, 100_000_000):
+        save(model, optimizer, out, step)
+        assert newest_checkpoint(out).name == f"step-{step:08d}"
+    assert {path.name for path in out.iterdir()} == {*theirs, "step-00000004", "step-00000200", "step-100000000"}
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "run.pt"])
+def test_a_checkpoint_copied_in_part_does_not_count(run_state, missing):
+    model, optimizer, out = run_state
+    save(model, optimizer, out, 5)
+    shutil.copytree(out / "step-00000005", out / "step-00000009")
+    (out / "step-00000009" / missing).unlink()
+    assert load_checkpoint(out, model, optimizer, {"lr": 1}) == [{"step": 5}]
+    save(model, optimizer, out, 7)
+    assert [path.name for path in out.iterdir()] == ["step-00000007"]
+
+
+def test_a_run_saved_on_gpus_goes_on_without(run_state, monkeypatch):
+    """Every tensor of the file says that it lay on the second of two GPUs, and there are random states of them and of MPS."""
+    model, optimizer, out = run_state
+    states = [torch.full((16,), i, dtype=torch.uint8) for i in range(3)]
+    with monkeypatch.context() as gpus:
+        gpus.setattr(torch.cuda, "is_available", lambda: True)
+        gpus.setattr(torch.cuda, "get_rng_state_all", lambda: states[:2])
+        gpus.setattr(torch.backends.mps, "is_available", lambda: True)
+        gpus.setattr(torch.mps, "get_rng_state", lambda: states[2])
+        gpus.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
+        save(model, optimizer, out, 5)
+    expected = {name: moments["exp_avg"].clone() for name, moments in optimizer.state_dict()["state"].items()}
+    drawn, other = torch.rand(3), make_optimizer(model, 1e-3)
+    torch.manual_seed(1)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(newest_checkpoint(out) / "run.pt", weights_only=True)
+    load_checkpoint(out, model, other, {"lr": 1})
+    for name, moments in other.state_dict()["state"].items():
+        assert moments["exp_avg"].device.type == "cpu" and torch.equal(moments["exp_avg"], expected[name])
+    assert torch.equal(torch.rand(3), drawn)
+
+    found = []  # again on a machine with one GPU, and on one with MPS
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", found.extend)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "set_rng_state", found.append)
+    load_checkpoint(out, model, other, {"lr": 1})
+    assert [int(state[0]) for state in found] == [0, 2] and {state.device.type for state in found} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ({"tokens": 1}, {"tokens": 2}, "the text or the tokenizer has changed"),
+        ({"dtype": "torch.bfloat16"}, {"dtype": "torch.float32"}, "dtype=bfloat16 .add --dtype bfloat16."),
+        ({"steps": 500}, {"steps": 600}, "steps=500 .the learning rate depends on them: for more steps begin another"),
+        ({"warmup_steps": 5}, {"warmup_steps": 9}, "made with warmup_steps=5: resume it with the same, or choose"),
+        ({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 1}, "made with lr=0.1, seed=0"),
+        ({}, {"clip": 2.0}, "made with clip=1.0"),  # a run from before that setting
+        ({"gone": 3}, {}, "made with gone=3"),  # a setting that is no more
+        ({}, {"clip": 1.0}, None),
+        ({"gone": False}, {}, None),
+        ({}, {"new": 0.0}, None),
+        (
+            {"data": "a.txt", "tokenizer": "a", "compile": False},
+            {"data": "b.txt", "tokenizer": "b", "compile": True},
+            None,
+        ),
+        ({"lr": np.float32(0.1), "steps": np.int64(5)}, {"lr": float(np.float32(0.1)), "steps": 5}, None),
+        ({"data": Path("a.txt")}, {"data": Path("b.txt")}, None),
+    ],
+)
+def test_settings_at_resume(run_state, was, now, message):
+    model, optimizer, out = run_state
+    save_checkpoint(out, model, TOKENIZER, optimizer, [{"step": 5}], was)
+    unsaid = {"clip": 1.0} if "clip" in now else None
+    if message is None:
+        assert load_checkpoint(out, model, optimizer, now, unsaid) == [{"step": 5}]
+        return
+    with pytest.raises(ValueError, match=message) as caught:
+        load_checkpoint(out, model, optimizer, now, unsaid)
+    assert "\n" not in str(caught.value) and "tokens=" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"model": 1}, [1, 2], {"settings": {}, "history": [], "random": 0}])
+def test_another_programs_run_is_refused(run_state, content):
+    model, optimizer, out = run_state
+    save(model, optimizer, out, 5)
+    torch.save(content, newest_checkpoint(out) / "run.pt")
+    with pytest.raises(ValueError, match=r"run\.pt is damaged or no run's") as caught:
+        load_checkpoint(out, model, optimizer, {"lr": 1})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reader_of_the_checkpoint_before_does_not_stop_the_run(run_state, monkeypatch):
+    """Windows does not remove a file that gpt_generate has open; the next save does."""
+    model, optimizer, out = run_state
+    save(model, optimizer, out, 5)
+
+    def in_use(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "in use", path)
+
+    with monkeypatch.context() as windows:
+        windows.setattr("llm_shared.checkpoint.shutil", SimpleNamespace(rmtree=in_use))
+        save(model, optimizer, out, 10)
+    assert newest_checkpoint(out).name == "step-00000010"
+    save(model, optimizer, out, 15)
+    assert [path.name for path in out.iterdir()] == ["step-00000015"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+def test_a_killed_save_leaves_a_whole_model(tmp_path):
+    """The weights are all equal, to a number that grows with each save: two versions must not mix."""
+    model = GPTModel(CONFIG)
+    for weight in model.parameters():
+        weight.data.fill_(-1)
+    for delay in (0.05, 0.1, 0.15, random.uniform(0.05, 0.2)):
+        child = os.fork()
+        if child == 0:
+            for number in range(1_000_000):
+                for weight in model.parameters():
+                    weight.data.fill_(number)
+                save_model(tmp_path / "model", model, TOKENIZER)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if (tmp_path / "model").exists():
+            weights = load_model(tmp_path / "model")[0].state_dict().values()
+            assert len({number for weight in weights for number in weight.unique().tolist()}) == 1
+        save_model(tmp_path / "model", model, TOKENIZER)
+        assert os.listdir(tmp_path) == ["model"]
+
+
+def test_gaps_between_a_tokenizers_ids_are_no_traceback(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)}
+    other = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|end|>": 299})
+    with pytest.raises(ValueError, match="BPETokenizer"):
+        save_model(tmp_path / "model", GPTModel(CONFIG), other)
+
+
 def test_other_settings_are_refused(run_state):
     model, optimizer, out = run_state
     save(model, optimizer, out, 5)
@@ -99,6 +257,8 @@ def test_other_settings_are_refused(run_state):
         load_checkpoint(out, model, optimizer, {"lr": 2})
     with pytest.raises(ValueError, match="was made with lr=1, seed=None"):
         load_checkpoint(out, model, optimizer, {"seed": 2})
+    with pytest.raises(ValueError, match="do not fit the model"):
+        load_checkpoint(out, GPTModel(replace(CONFIG, n_embd=32)), optimizer, {"lr": 1})
     with pytest.raises(ValueError, match="holds no checkpoint to resume"):
         load_checkpoint(out / "elsewhere", model, optimizer, {})
 

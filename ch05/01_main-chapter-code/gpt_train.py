@@ -22,7 +22,7 @@ def parse_args():
     parser.add_argument("--batch-size", type=positive_int, help="windows per batch")
     parser.add_argument("--accumulate", type=positive_int, help="batches per step")
     parser.add_argument("--lr", type=positive_float, help="peak learning rate")
-    parser.add_argument("--warmup-steps", type=natural, help="steps until the peak; then down half a cosine")
+    parser.add_argument("--warmup-steps", type=natural, default=50, help="steps until the peak; then down half a cosine")
     parser.add_argument("--weight-decay", type=non_negative, help="decay of the matrices")
     parser.add_argument("--clip", type=positive_float, help="largest gradient norm")
     parser.add_argument("--val-fraction", type=share, help="share of the text, at its end, kept for validation")
@@ -39,10 +39,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    out, resume, device = (args.pop(name) for name in ("out", "resume", "device"))
-    settings = PretrainSettings(**args)
-    schedule = warmup_cosine(settings.lr, settings.warmup_steps, settings.steps)
-    pretrain(settings, out, schedule, device, resume)
+    out, resume, device, warmup_steps = (args.pop(name) for name in ("out", "resume", "device", "warmup_steps"))
+    pretrain(PretrainSettings(**args), out, warmup_cosine, device, resume, warmup_steps=warmup_steps)
 
 
 if __name__ == "__main__":
