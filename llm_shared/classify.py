@@ -9,15 +9,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from llm_shared.checkpoint import build_model, read_safetensors
+from llm_shared.checkpoint import build_model, own_weights, read_safetensors
 from llm_shared.data import EpochOrder
 from llm_shared.gpt import GPTConfig
 from llm_shared.loss import autocast
-from llm_shared.resources import fetch, replacing
+from llm_shared.resources import fetch, write_safetensors
 from llm_shared.training import make_optimizer, train
 
 # The longest real message has 910 characters; a longer row is many messages glued together by a lost quotation mark.
@@ -181,24 +180,25 @@ def classify(model, tokenizer, text):
 
 
 def save_classifier(path, model):
-    """Write a GPTClassifier to one safetensors file, its configuration in the head."""
-    config = asdict(model.gpt.config) | {"n_classes": model.head.out_features}
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(weights, temporary, metadata={"config": json.dumps(config)})
+    """Write a GPTClassifier to one safetensors file, its configuration in the head; one that wears LoRA is a ValueError."""
+    gpt, head = own_weights(model.gpt), model.head.state_dict()
+    if set(head) != {"weight", "bias"}:
+        raise ValueError(f"the head must be one linear layer, unwrapped; this one has {', '.join(head)}")
+    config = asdict(model.gpt.config) | {"n_classes": len(head["bias"])}
+    weights = {f"gpt.{name}": weight for name, weight in gpt.items()} | {f"head.{name}": head[name] for name in head}
+    write_safetensors(path, weights, {"config": json.dumps(config)})
 
 
 def load_classifier(path, device="cpu"):
     """Return the GPTClassifier that `save_classifier` wrote; a file that is damaged or holds something else is a ValueError."""
     weights = read_safetensors(path, device)
     try:
-        with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
+        config = json.loads((safe_open(path, "pt").metadata() or {})["config"])
         head = {name: weights.pop(f"head.{name}") for name in ("weight", "bias")}
         n_classes = config.pop("n_classes")
         gpt = build_model(GPTConfig(**config), {name.removeprefix("gpt."): w for name, w in weights.items()}, path)
-    except (TypeError, KeyError) as error:
+        model = GPTClassifier(gpt, n_classes).to(device)
+        model.head.load_state_dict(head)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no classifier of this project: {error}") from None
-    model = GPTClassifier(gpt, n_classes).to(device)
-    model.head.load_state_dict(head)
     return model
