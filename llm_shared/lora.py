@@ -67,8 +67,10 @@ def add_lora(model, layers, rank, alpha):
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     ends = tuple(f".{layer}" for layer in layers)
-    if isinstance(layers, str) or not ends or lora_layers(model):
-        raise ValueError(f"LoRA wants a list of names, not {layers!r}, and a model without LoRA: see unwrap_lora")
+    if isinstance(layers, str) or not ends:
+        raise ValueError(f"layers must be a list of names, such as ['attn.qkv'], not {layers!r}")
+    if lora_layers(model):
+        raise ValueError("the model wears LoRA already: name all layers in one call, or take it off with unwrap_lora")
     for end in ends:
         if not any(f".{name}".endswith(end) for name in linears):
             kinds = sorted({".".join(name.split(".")[-2:]) for name in linears})
@@ -96,19 +98,18 @@ def unwrap_lora(model):
 
 def adapter(model):
     """Return {name: tensor} of what LoRA trains: the parameters that have gradients, the narrow matrices and a new head."""
-    learns = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    return {name.replace("_orig_mod.", ""): weight for name, weight in learns.items()}  # torch.compile writes that
+    return {name.replace("_orig_mod.", ""): w for name, w in model.named_parameters() if w.requires_grad}
 
 
 def lora_settings(model):
-    """Return {"layers", "rank", "alpha"}, texts, of a model's LoRA; none, and a frozen one, are a ValueError."""
+    """Return {"alpha", "layers", "rank"}, texts, of a model's LoRA; none, and a frozen one, are a ValueError."""
     worn = lora_layers(model)
     if not worn or not all(layer.A.requires_grad and layer.B.requires_grad for layer in worn.values()):
         raise ValueError("the model wears no LoRA, or a frozen one, and nobody can tell what that one trained")
     kinds = sorted({".".join(name.split(".")[-2:]) for name in worn})
     ranks = sorted({str(len(layer.A)) for layer in worn.values()})
     alphas = sorted({f"{layer.scale * len(layer.A):g}" for layer in worn.values()})
-    return {"layers": ", ".join(kinds), "rank": ", ".join(ranks), "alpha": ", ".join(alphas)}
+    return {"alpha": ", ".join(alphas), "layers": ", ".join(kinds), "rank": ", ".join(ranks)}
 
 
 def save_adapter(path, model):
@@ -120,8 +121,8 @@ def save_adapter(path, model):
 def load_adapter(path, model):
     """Put a saved adapter into a model with the same LoRA, else a ValueError; that W is the same, no file can tell."""
     saved, ours, worn = read_safetensors(path), adapter(model), lora_settings(model)
-    told = safe_open(path, "pt").metadata()
-    if told is None:
+    told = dict(sorted((safe_open(path, "pt").metadata() or {}).items()))
+    if not told:
         warnings.warn(f"{path} does not tell its alpha; it is taken to be {worn['alpha']}, the model's", stacklevel=2)
     elif told != worn:
         raise ValueError(f"{path} was saved with {told}, but the model wears {worn}")

@@ -415,8 +415,8 @@ def test_autocast_and_checkpointing_give_the_same_gradients():
 @pytest.mark.parametrize(
     ("layers", "rank", "alpha", "message"),
     [
-        ("attn.qkv", 4, 8, "a list of names, not 'attn.qkv'"),
-        ([], 4, 8, r"a list of names, not \[\]"),
+        ("attn.qkv", 4, 8, "layers must be a list of names, such as .*, not 'attn.qkv'"),
+        ([], 4, 8, r"a list of names, such as .*, not \[\]"),
         ((), 4, 8, "a list of names"),
         ([""], 4, 8, "no linear layer is called ''"),
         ([*LAYERS, "head"], 4, 8, "no linear layer is called 'head'"),
@@ -450,9 +450,9 @@ def test_more_nonsense_changes_nothing(layers, rank, alpha, message):
         ),  # only the head is narrow
         (lambda: torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 3)), ["0", "1"], 5, "from 1 to 3"),
         (lambda: torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 3)), "01", 2, "a list of names"),
-        (lambda: worn(), LAYERS, 4, "a model without LoRA"),
-        (lambda: worn(), ["ffn.up"], 4, "a model without LoRA"),  # it would freeze the first one
-        (lambda: worn(), ["linear"], 4, "a model without LoRA"),  # LoRA within LoRA
+        (lambda: worn(), LAYERS, 4, "wears LoRA already"),
+        (lambda: worn(), ["ffn.up"], 4, "wears LoRA already"),  # it would freeze the first one
+        (lambda: worn(), ["linear"], 4, "wears LoRA already"),  # LoRA within LoRA
     ],
 )
 def test_what_does_not_fit_some_layers_changes_none(make, layers, rank, message):
