@@ -9,16 +9,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from llm_shared.checkpoint import build_model, read_safetensors
+from llm_shared.checkpoint import build_model, own_weights, read_safetensors
 from llm_shared.data import EpochOrder
-from llm_shared.download import hash_file
 from llm_shared.gpt import GPTConfig
 from llm_shared.loss import autocast
-from llm_shared.resources import DOWNLOADS, fetch, replacing
+from llm_shared.resources import fetch, write_safetensors
 from llm_shared.training import make_optimizer, train
 
 LABELS = {"0": 0, "0.0": 0, "false": 0, "ham": 0, "1": 1, "1.0": 1, "true": 1, "spam": 1}
@@ -36,10 +34,7 @@ def read_messages(source="bundled"):
     exact = {"dtype": str, "keep_default_na": False}  # a message may be NA, or 123
     try:
         if source == "uci":  # no head line, tabs, and quotation marks that belong to the text
-            archive = fetch("sms-spam-collection.zip")
-            if hash_file(archive) != DOWNLOADS["sms-spam-collection.zip"].sha256:
-                raise OSError(f"{archive} is damaged: delete it to download it again")
-            with zipfile.Path(archive, "SMSSpamCollection").open("rb") as file:
+            with zipfile.Path(fetch("sms-spam-collection.zip"), "SMSSpamCollection").open("rb") as file:
                 table = pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE, names=["label", "text"], **exact)
         else:
             table = pd.read_csv(fetch("sms-spam.csv") if source == "bundled" else source, **exact)
@@ -197,24 +192,25 @@ def classify(model, tokenizer, text):
 
 
 def save_classifier(path, model):
-    """Write a GPTClassifier to one safetensors file, its configuration in the head."""
-    config = asdict(model.gpt.config) | {"n_classes": model.head.out_features}
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(weights, temporary, metadata={"config": json.dumps(config)})
+    """Write a GPTClassifier to one safetensors file, its configuration in the head; one that wears LoRA is a ValueError."""
+    gpt, head = own_weights(model.gpt), model.head.state_dict()
+    if set(head) != {"weight", "bias"}:
+        raise ValueError(f"the head must be one linear layer, unwrapped; this one has {', '.join(head)}")
+    config = asdict(model.gpt.config) | {"n_classes": len(head["bias"])}
+    weights = {f"gpt.{name}": weight for name, weight in gpt.items()} | {f"head.{name}": head[name] for name in head}
+    write_safetensors(path, weights, {"config": json.dumps(config)})
 
 
 def load_classifier(path, device="cpu"):
     """Return the GPTClassifier that `save_classifier` wrote; a file that is damaged or holds something else is a ValueError."""
     weights = read_safetensors(path, device)
     try:
-        with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
+        config = json.loads((safe_open(path, "pt").metadata() or {})["config"])
         head = {name: weights.pop(f"head.{name}") for name in ("weight", "bias")}
         n_classes = config.pop("n_classes")
         gpt = build_model(GPTConfig(**config), {name.removeprefix("gpt."): w for name, w in weights.items()}, path)
-    except (TypeError, KeyError) as error:
+        model = GPTClassifier(gpt, n_classes).to(device)
+        model.head.load_state_dict(head)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no classifier of this project: {error}") from None
-    model = GPTClassifier(gpt, n_classes).to(device)
-    model.head.load_state_dict(head)
     return model

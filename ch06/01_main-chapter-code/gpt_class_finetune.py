@@ -44,7 +44,7 @@ def parse_args():
 
 
 def schedule(lr, steps):
-    return warmup_cosine(lr, max(1, steps // 10), steps)
+    return warmup_cosine(lr, steps // 10, steps)
 
 
 def rival(table, seed):

@@ -162,7 +162,7 @@ def run_once(args, table, seed):
     started = time.process_time()  # other programs do not count
     train(
         model, make_optimizer(model, args.lr), loader, plain[1], steps, loss_fn=classification_loss,
-        schedule=warmup_cosine(args.lr, max(1, steps // 10), steps), accumulate=args.accumulate, dtype=args.dtype,
+        schedule=warmup_cosine(args.lr, steps // 10, steps), accumulate=args.accumulate, dtype=args.dtype,
         eval_every=steps,
     )  # fmt: skip
     seconds = round(time.process_time() - started, 2)

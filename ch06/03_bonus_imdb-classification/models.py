@@ -100,7 +100,7 @@ def fine_tune(args, tables, seed, device):
     steps = args.epochs * len(loader)
     train(
         model, make_optimizer(model, args.lr), loader, val_loader, steps, loss_fn=classification_loss, dtype=dtype,
-        schedule=warmup_cosine(args.lr, max(1, steps // 10), steps), eval_every=len(loader), on_eval=keep_best,
+        schedule=warmup_cosine(args.lr, steps // 10, steps), eval_every=len(loader), on_eval=keep_best,
     )  # fmt: skip
     model.load_state_dict(best)
     return predict(model, test_loader, dtype)[0]
