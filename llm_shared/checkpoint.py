@@ -7,16 +7,16 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+from llm_shared.gpt import GPTConfig, GPTModel
+from llm_shared.resources import remove_leftovers, replacing, write_safetensors
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
+
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
-
-from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.resources import remove_leftovers, replacing, write_safetensors
-from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.bpe"}
 RUN_FILES = MODEL_FILES | {"run.pt"}

@@ -6,18 +6,18 @@ import zipfile
 from dataclasses import asdict
 from functools import partial
 
-import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from torch import nn
-from torch.utils.data import DataLoader
-
 from llm_shared.checkpoint import build_model, own_weights, read_safetensors
 from llm_shared.data import EpochOrder
 from llm_shared.gpt import GPTConfig
 from llm_shared.loss import autocast
 from llm_shared.resources import fetch, write_safetensors
 from llm_shared.training import make_optimizer, train
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+from torch.utils.data import DataLoader
 
 LABELS = {"0": 0, "0.0": 0, "false": 0, "ham": 0, "1": 1, "1.0": 1, "true": 1, "spam": 1}
 # The longest real message has 910 characters; a longer row is many messages glued together by a lost quotation mark.

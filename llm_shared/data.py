@@ -3,12 +3,12 @@
 from itertools import chain
 from pathlib import Path
 
+from llm_shared.resources import replacing
+
 import numpy as np
 import regex
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-
-from llm_shared.resources import replacing
 
 BLOCK = 1 << 18  # characters read at one time
 LONGEST_WORD = 1 << 19  # characters; only a word longer than this may be cut

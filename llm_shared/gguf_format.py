@@ -2,14 +2,14 @@
 
 from contextlib import closing
 
-import numpy as np
-import torch
-
 from llm_shared.checkpoint import build_model, own_weights
 from llm_shared.hf_format import bpe_of, check_settings, config_from, visible_tokens
 from llm_shared.resources import replacing
 from llm_shared.tokenizer import BYTES, VISIBLE, BPETokenizer
 from llm_shared.weights import tied, unique
+
+import numpy as np
+import torch
 
 GGUF_NAMES = {  # a piece of our name: the same piece of llama.cpp's
     "tok_emb.": "token_embd.", "pos_emb.": "position_embd.", "blocks.": "blk.", "ln_1.": "attn_norm.", "attn.qkv.": "attn_qkv.",

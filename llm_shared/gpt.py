@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
+from llm_shared.linear import Linear, linear
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
-from llm_shared.linear import Linear, linear
 
 
 @dataclass(frozen=True)

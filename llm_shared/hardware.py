@@ -1,11 +1,16 @@
-"""setup · What this machine offers: device, number type, and memory that is kept."""
+"""setup · What this machine offers: device, processor, number type, and memory that is kept."""
 
 import ctypes
 import sys
 
 import torch
 
-BFLOAT16_UNITS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # of torch.cpu, where this version has them
+BFLOAT16_UNITS = {"amx": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}  # asked of torch.cpu
+
+
+def processor_kind():
+    """Return "amx" (Intel's servers since 2023), "avx512_bf16" (AMD's Zen 4 and 5), or "other": what multiplies matrices."""
+    return next((kind for kind, name in BFLOAT16_UNITS.items() if getattr(torch.cpu, name, bool)()), "other")
 
 
 def pick_device(name="auto"):
@@ -25,7 +30,7 @@ def pick_dtype(name, device):
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     native = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": lambda: any(getattr(torch.cpu, name, bool)() for name in BFLOAT16_UNITS),
+        "cpu": lambda: processor_kind() != "other",
     }
     if name == "auto":
         return torch.bfloat16 if native.get(device.type, lambda: False)() else torch.float32

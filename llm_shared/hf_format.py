@@ -5,13 +5,13 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-
 from llm_shared.checkpoint import build_model, fingerprint, own_weights, read_safetensors
 from llm_shared.gpt import GPTConfig
 from llm_shared.resources import fetch, replacing, write_safetensors
 from llm_shared.tokenizer import END_OF_TEXT, VISIBLE, BPETokenizer, gpt2_tokenizer
 from llm_shared.weights import GPT2_NAMES, from_gpt2, transposed_in_gpt2, unique
+
+import torch
 
 HF_CONFIG = {  # transformers' name: ours
     "vocab_size": "vocab_size", "n_positions": "context_length", "n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer",

@@ -1,27 +1,46 @@
-"""ch03 · The linear layer: nn.Linear, turned round where decoding spends its time."""
+"""setup · The linear layer: nn.Linear's numbers, faster where decoding spends its time and this processor gains by it."""
+
+from llm_shared.hardware import processor_kind
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEW_ROWS = {torch.float32: range(8, 17), torch.bfloat16: range(2, 65)}  # measured: python tests/bench/linear.py
+PROCESSOR = processor_kind()
+AMX_ROWS = {torch.float32: range(8, 17), torch.bfloat16: range(2, 65)}
+LARGE = 2**19  # weights; a smaller matrix stays in the caches
+
+
+def way(rows, weight):
+    """Return how to multiply few rows by a weight (d_out, d_in) on this processor: "plain", "vector" or "turned".
+
+    Measured with python tests/bench/linear.py; on a processor that nobody measured, F.linear it is.
+    """
+    if PROCESSOR == "amx":
+        return "vector" if rows == 1 else "turned" if rows in AMX_ROWS.get(weight.dtype, ()) else "plain"
+    if PROCESSOR == "avx512_bf16" and weight.dtype is torch.float32 and weight.numel() > LARGE:
+        growth = weight.shape[0] / weight.shape[1]
+        most = 4 if growth < 2 else 7 if growth < 16 else 8  # the head grows most
+        return "turned" if 1 + (growth < 2) <= rows <= most else "plain"
+    return "plain"
 
 
 def linear(x, weight, bias=None):
     """Return x @ weight.T + bias; x (..., d_in), weight (d_out, d_in), bias (d_out) → (..., d_out).
 
-    Decoding multiplies large matrices by few rows, x (B, 1, d_in). On a CPU, one row is a matrix × vector product;
-    FEW_ROWS go faster as weight @ x.T, because the packing that the hardware asks for then falls on x, the small
-    side. A weight that lies the other way round in memory, as in OpenAI's files, is already turned.
+    Decoding multiplies large matrices by few rows, x (B, 1, d_in), on a CPU. "vector" is matrix × vector; "turned" is
+    weight @ x.T: the packing that a product asks for falls on x, the small side. One row is turned as two equal
+    ones, since two columns are read faster than one. A weight that lies the other way round is turned already.
     """
     if torch.is_grad_enabled() or not x.is_cpu or x.ndim != 3 or x.dtype is not weight.dtype:
         return F.linear(x, weight, bias)
     B, T, d_in = x.shape
-    if B * T == 1:
-        row = x.flatten()
-        y = weight.mv(row) if bias is None else torch.addmv(bias, weight, row)
-    elif B * T in FEW_ROWS.get(x.dtype, ()) and weight.is_contiguous():
-        y = (weight @ x.reshape(-1, d_in).T).T.contiguous()
+    chosen = way(B * T, weight)
+    if chosen == "vector":
+        y = weight.mv(x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
+    elif chosen == "turned" and weight.is_contiguous():
+        rows = x.reshape(-1, d_in) if B * T > 1 else x.reshape(1, d_in).repeat(2, 1)
+        y = (weight @ rows.T).T[: B * T].contiguous()
         if bias is not None:
             y += bias
     else:

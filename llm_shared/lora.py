@@ -4,12 +4,12 @@ import copy
 import math
 import warnings
 
+from llm_shared.checkpoint import read_safetensors
+from llm_shared.resources import write_safetensors
+
 import torch
 from safetensors import safe_open
 from torch import nn
-
-from llm_shared.checkpoint import read_safetensors
-from llm_shared.resources import write_safetensors
 
 
 class LoRALinear(nn.Module):

@@ -6,9 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from llm_shared.checkpoint import drop_others, load_checkpoint, newest_checkpoint, save_checkpoint
 from llm_shared.data import BLOCK, create_dataloader, load_tokens, write_tokens
 from llm_shared.generate import generate
@@ -18,6 +15,9 @@ from llm_shared.loss import bits_per_byte, next_token_loss, unigram_entropy
 from llm_shared.resources import fetch, locked, replacing
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
+
+import torch
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ import re
 import struct
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from llm_shared.checkpoint import build_model
 from llm_shared.hf_format import check_settings, config_from, read_settings
 from llm_shared.weights import from_gpt2, unique
+
+import numpy as np
+import torch
 
 TF_CONFIG = {  # OpenAI's name in hparams.json: ours
     "n_vocab": "vocab_size", "n_ctx": "context_length", "n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer",

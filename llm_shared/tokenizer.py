@@ -9,10 +9,10 @@ from itertools import chain
 from operator import add
 from pathlib import Path
 
-import regex
-
 from llm_shared.resources import fetch, replacing
 from llm_shared.symbols import BYTES, LONG_WORD, VISIBLE, Memo, merge_places, to_symbols
+
+import regex
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same cut at whitespace alone, for the standard library's re, whose \s also holds the four separators \x1c–\x1f.

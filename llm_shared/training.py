@@ -3,10 +3,11 @@
 import math
 import time
 
-import torch
-from torch.nn.utils import clip_grad_norm_
 from llm_shared.cli import progress
 from llm_shared.loss import autocast, count_targets, evaluate, next_token_loss
+
+import torch
+from torch.nn.utils import clip_grad_norm_
 
 
 def make_optimizer(model, lr, weight_decay=0.1):

@@ -2,13 +2,13 @@ import runpy
 import subprocess
 import sys
 
-import pytest
-import torch
-from samples import ROOT
-
 from llm_shared.checkpoint import save_model
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import gpt2_tokenizer
+
+import pytest
+import torch
+from samples import ROOT
 
 collect_ignore = ["bench"]  # benchmarks measure; they do not test
 

@@ -5,9 +5,9 @@ import json
 import subprocess
 import sys
 
-from samples import ROOT
-
 import llm_shared
+
+from samples import ROOT
 
 MAIN_NOTEBOOKS = {
     "ch02": "ch02/01_main-chapter-code/ch02.ipynb",

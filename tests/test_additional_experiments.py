@@ -4,11 +4,6 @@ import importlib.util
 import json
 import sys
 
-import pandas as pd
-import pytest
-import torch
-from samples import ROOT
-
 from llm_shared.checkpoint import save_model
 from llm_shared.classify import GPTClassifier, classification_loss, pad_batch, predict
 from llm_shared.gpt import GPTConfig, GPTModel
@@ -16,6 +11,11 @@ from llm_shared.lora import LoRALinear
 from llm_shared.loss import count_targets
 from llm_shared.results import with_results
 from llm_shared.tokenizer import gpt2_tokenizer
+
+import pandas as pd
+import pytest
+import torch
+from samples import ROOT
 
 FOLDER = ROOT / "ch06/02_bonus_additional-experiments"
 SCRIPT = FOLDER / "additional_experiments.py"

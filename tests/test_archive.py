@@ -7,9 +7,9 @@ import tarfile
 import zipfile
 from types import SimpleNamespace
 
-import pytest
-
 from llm_shared.archive import unpack
+
+import pytest
 
 KINDS = ["a.zip", "a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"]
 

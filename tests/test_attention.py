@@ -1,7 +1,7 @@
+from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
+
 import pytest
 import torch
-
-from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
 
 
 def naive_attention(attention, x):

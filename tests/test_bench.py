@@ -2,10 +2,10 @@
 
 import sys
 
+from llm_shared.results import with_results
+
 import pytest
 from samples import ROOT
-
-from llm_shared.results import with_results
 
 BENCH = ROOT / "tests" / "bench"
 

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import llm_shared
+
 import pytest
 from promises import (
     BONUS_NOTEBOOKS,
@@ -15,8 +17,6 @@ from promises import (
     package_definitions,
 )
 from samples import ROOT
-
-import llm_shared
 
 PACKAGE = ROOT / "llm_shared"
 ORDER = ["setup", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "appendix-D", "appendix-E"]

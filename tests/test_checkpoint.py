@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+from llm_shared.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint, save_model
+from llm_shared.gpt import GPTConfig, GPTModel
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
+from llm_shared.training import make_optimizer
+
 import numpy as np
 import pytest
 import tiktoken
 import torch
 from safetensors.torch import load_file, save_file
 from samples import MIXED_TEXT, ROOT
-
-from llm_shared.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint, save_model
-from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
-from llm_shared.training import make_optimizer
 
 TOKENIZER = BPETokenizer.train(MIXED_TEXT, 300)
 CONFIG = GPTConfig(vocab_size=300, context_length=8, n_embd=16, n_head=2, n_layer=2)

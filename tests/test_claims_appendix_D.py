@@ -5,18 +5,18 @@ import json
 import math
 from functools import cache
 
+from llm_shared.data import create_dataloader
+from llm_shared.gpt import GPTConfig, GPTModel
+from llm_shared.loss import IGNORED, count_targets, next_token_loss
+from llm_shared.schedule import warmup_cosine
+from llm_shared.training import endless, make_optimizer, train
+
 import numpy as np
 import pytest
 import torch
 from samples import ROOT
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
-
-from llm_shared.data import create_dataloader
-from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.loss import IGNORED, count_targets, next_token_loss
-from llm_shared.schedule import warmup_cosine
-from llm_shared.training import endless, make_optimizer, train
 
 SEEDS = pytest.mark.parametrize("seed", [404, 1945])
 CONFIG = GPTConfig(vocab_size=256, context_length=32, n_embd=32, n_head=2, n_layer=2)

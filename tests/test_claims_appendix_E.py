@@ -4,11 +4,6 @@ import json
 import math
 from functools import cache
 
-import pytest
-import torch
-from samples import ROOT
-from torch import nn
-
 from llm_shared.classify import (
     GPTClassifier,
     balance,
@@ -24,6 +19,11 @@ from llm_shared.loss import next_token_loss
 from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.training import endless, make_optimizer
 from llm_shared.weights import load_pretrained
+
+import pytest
+import torch
+from samples import ROOT
+from torch import nn
 
 SEEDS = pytest.mark.parametrize("seed", [404, 1945])
 LAYERS = ["attn.qkv", "attn.out_proj", "ffn.up", "ffn.down"]

@@ -4,14 +4,14 @@ import unicodedata
 from collections import Counter
 from itertools import pairwise
 
+from llm_shared.data import TokenWindows, create_dataloader
+from llm_shared.resources import fetch
+from llm_shared.tokenizer import BYTES, BPETokenizer, gpt2_tokenizer, split_words
+
 import numpy as np
 import pytest
 import torch
 from samples import ROOT
-
-from llm_shared.data import TokenWindows, create_dataloader
-from llm_shared.resources import fetch
-from llm_shared.tokenizer import BYTES, BPETokenizer, gpt2_tokenizer, split_words
 
 SEEDS = [11, 12]
 

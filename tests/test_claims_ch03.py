@@ -1,12 +1,12 @@
 """What chapter 3 claims from one seed and one sentence, with other seeds and other lengths."""
 
+from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
+from llm_shared.linear import linear
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
-from llm_shared.linear import linear
 
 
 @pytest.fixture(params=[2027, 90210], ids="seed{}".format)

@@ -3,13 +3,13 @@
 import math
 from dataclasses import replace
 
+from llm_shared.gpt import GELU, FeedForward, GPTConfig, GPTModel, LayerNorm
+from llm_shared.linear import Linear
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from llm_shared.gpt import GELU, FeedForward, GPTConfig, GPTModel, LayerNorm
-from llm_shared.linear import Linear
 
 SEEDS = pytest.mark.parametrize("seed", [404, 1945])
 CONFIG = GPTConfig(vocab_size=211, context_length=64, n_embd=48, n_head=4, n_layer=3)

@@ -3,12 +3,6 @@
 import math
 from itertools import cycle, islice
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
-
 from llm_shared.data import TokenWindows, create_dataloader
 from llm_shared.generate import generate, sample, stream_text
 from llm_shared.gpt import GPTConfig, GPTModel
@@ -16,6 +10,12 @@ from llm_shared.loss import HeadCrossEntropy, bits_per_byte, evaluate, next_toke
 from llm_shared.tokenizer import BPETokenizer
 from llm_shared.training import endless, make_optimizer, train
 from llm_shared.weights import GPT2_NAMES, from_gpt2, unpack_int8
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 SEEDS = pytest.mark.parametrize("seed", [505, 1789])
 CONFIG = GPTConfig(vocab_size=60, context_length=16, n_embd=32, n_head=4, n_layer=2)

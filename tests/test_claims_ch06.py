@@ -5,11 +5,6 @@ import io
 import math
 import unicodedata
 
-import pandas as pd
-import pytest
-import torch
-import torch.nn.functional as F
-
 from llm_shared.classify import (
     LONGEST,
     GPTClassifier,
@@ -30,6 +25,11 @@ from llm_shared.loss import evaluate
 from llm_shared.resources import fetch
 from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.weights import load_pretrained
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
 
 SEEDS = pytest.mark.parametrize("seed", [606, 1789])
 TINY = GPTConfig(vocab_size=60, context_length=24, n_embd=32, n_head=4, n_layer=3)

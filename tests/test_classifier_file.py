@@ -3,14 +3,14 @@
 import json
 from dataclasses import asdict
 
+from llm_shared.classify import GPTClassifier, load_classifier, save_classifier
+from llm_shared.gpt import GPTConfig, GPTModel
+from llm_shared.lora import add_lora, unwrap_lora
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-
-from llm_shared.classify import GPTClassifier, load_classifier, save_classifier
-from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.lora import add_lora, unwrap_lora
 
 CONFIG = GPTConfig(vocab_size=97, context_length=16, n_embd=24, n_head=3, n_layer=2)
 INPUTS = torch.arange(32).view(2, 16), torch.tensor([16, 3])

@@ -4,12 +4,6 @@ import math
 import zipfile
 from dataclasses import replace
 
-import pandas as pd
-import pytest
-import torch
-from safetensors.torch import save_file
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_score, recall_score
-
 from llm_shared import resources
 from llm_shared.classify import (
     GPTClassifier,
@@ -32,6 +26,12 @@ from llm_shared.download import hash_file
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_score, recall_score
 
 CONFIG = GPTConfig(vocab_size=50257, context_length=32, n_embd=16, n_head=2, n_layer=2)
 TABLE = pd.DataFrame({"text": [f"message {i} {'win cash' if i % 3 == 0 else 'see you'}" for i in range(60)]})

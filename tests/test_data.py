@@ -1,16 +1,16 @@
 import tracemalloc
 
+import llm_shared.data
+from llm_shared.data import EpochOrder, TokenWindows, create_dataloader, load_tokens, read_blocks, write_tokens
+from llm_shared.resources import fetch
+from llm_shared.tokenizer import END_OF_TEXT, BPETokenizer, gpt2_tokenizer
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import MIXED_TEXT
-
-import llm_shared.data
-from llm_shared.data import EpochOrder, TokenWindows, create_dataloader, load_tokens, read_blocks, write_tokens
-from llm_shared.resources import fetch
-from llm_shared.tokenizer import END_OF_TEXT, BPETokenizer, gpt2_tokenizer
 
 
 def naive_batches(tokens, batch_size, context_length, stride):

@@ -12,13 +12,13 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
-from samples import ROOT
-
 from llm_shared import download as module
 from llm_shared import resources
 from llm_shared.download import download
 from llm_shared.resources import Download, fetch
+
+import pytest
+from samples import ROOT
 
 CONTENT = random.Random(0).randbytes(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

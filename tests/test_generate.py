@@ -1,9 +1,9 @@
-import pytest
-import torch
-
 from llm_shared.generate import generate, sample, stream, stream_text
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
+
+import pytest
+import torch
 
 CONFIG = GPTConfig(vocab_size=50, context_length=16, n_embd=32, n_head=4, n_layer=3)
 PROMPTS = [[1, 2, 3], [7], [4, 5, 6, 7, 8, 9, 10], list(range(20, 41))]

@@ -8,19 +8,19 @@ import struct
 import urllib.request
 from dataclasses import replace
 
-import gguf
-import numpy as np
-import pytest
-import torch
-from samples import MIXED_TEXT, files_of_at_most
-from torch import nn
-
 from llm_shared import gguf_format
 from llm_shared.generate import generate
 from llm_shared.gguf_format import export_gguf, load_gguf, read_gguf
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.weights import load_pretrained
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from samples import MIXED_TEXT, files_of_at_most
+from torch import nn
 
 SMALL = GPTConfig(vocab_size=257, context_length=16, n_embd=32, n_head=2, n_layer=2)
 PROMPTS = ["Call me", "It is a truth universally", "Fellow citizens of the", "The sea was", "My dear friend, I"]

@@ -1,12 +1,12 @@
 from dataclasses import replace
 
+from llm_shared.gpt import CONFIGS, GELU, FeedForward, GPTConfig, GPTModel, LayerNorm, TransformerBlock
+from llm_shared.loss import next_token_loss
+
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import copy_from_hf, copy_to_hf, hf_model
-
-from llm_shared.gpt import CONFIGS, GELU, FeedForward, GPTConfig, GPTModel, LayerNorm, TransformerBlock
-from llm_shared.loss import next_token_loss
 
 ODD_CONFIGS = [
     GPTConfig(vocab_size=11, context_length=7, n_embd=6, n_head=3, n_layer=1),

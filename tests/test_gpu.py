@@ -1,16 +1,16 @@
 """What a GPU does otherwise, tested without one: fake CUDA tensors under CUDA's real autocast; its rules on a CPU; a GPU if there is one."""
 
-import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-
 from llm_shared.checkpoint import SkipInit
 from llm_shared.data import create_dataloader
 from llm_shared.generate import generate
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.loss import HeadCrossEntropy, autocast, evaluate, next_token_loss
 from llm_shared.training import make_optimizer, train
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
 CONFIG = GPTConfig(vocab_size=300, context_length=8, n_embd=16, n_head=2, n_layer=2, dropout=0.1)

@@ -1,10 +1,10 @@
 import subprocess
 import sys
 
+from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
+
 import pytest
 import torch
-
-from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 
 CPU = torch.device("cpu")
 

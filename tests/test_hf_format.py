@@ -6,6 +6,13 @@ import random
 import re
 from dataclasses import replace
 
+from llm_shared.gpt import CONFIGS, GPTConfig, GPTModel
+from llm_shared.hf_format import export_hf, load_hf
+from llm_shared.lora import add_lora
+from llm_shared.resources import fetch
+from llm_shared.tokenizer import GPT2_PATTERN, BPETokenizer, gpt2_tokenizer
+from llm_shared.weights import load_pretrained
+
 import pytest
 import tiktoken
 import torch
@@ -14,13 +21,6 @@ from safetensors.torch import load_file, save_file
 from samples import MIXED_TEXT, files_of_at_most
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
-
-from llm_shared.gpt import CONFIGS, GPTConfig, GPTModel
-from llm_shared.hf_format import export_hf, load_hf
-from llm_shared.lora import add_lora
-from llm_shared.resources import fetch
-from llm_shared.tokenizer import GPT2_PATTERN, BPETokenizer, gpt2_tokenizer
-from llm_shared.weights import load_pretrained
 
 SMALL = GPTConfig(vocab_size=300, context_length=16, n_embd=24, n_head=3, n_layer=2)
 ARCHITECTURES = {  # every size of GPT-2, thinner and shorter: layers and heads as they are, head_dim 4

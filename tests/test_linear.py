@@ -1,8 +1,8 @@
+from llm_shared.linear import Linear, linear
+
 import pytest
 import torch
 import torch.nn.functional as F
-
-from llm_shared.linear import Linear, linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,14 +6,6 @@ import pickle
 import warnings
 from dataclasses import replace
 
-import pytest
-import torch
-from peft import LoraConfig, inject_adapter_in_model
-from safetensors import safe_open
-from safetensors.torch import save_file
-from samples import MIXED_TEXT
-from torch.utils.checkpoint import checkpoint
-
 from llm_shared.checkpoint import load_model, save_model
 from llm_shared.classify import GPTClassifier, load_classifier, save_classifier, train_only
 from llm_shared.gpt import GPTConfig, GPTModel
@@ -21,6 +13,14 @@ from llm_shared.hf_format import export_hf, load_hf
 from llm_shared.lora import LoRALinear, adapter, add_lora, load_adapter, merge_lora, save_adapter, unwrap_lora
 from llm_shared.tokenizer import BPETokenizer
 from llm_shared.weights import load_pretrained
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from samples import MIXED_TEXT
+from torch.utils.checkpoint import checkpoint
 
 CONFIG = GPTConfig(vocab_size=97, context_length=16, n_embd=24, n_head=3, n_layer=2)
 LAYERS = ["attn.qkv", "ffn.down"]

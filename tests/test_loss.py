@@ -1,10 +1,5 @@
 import tracemalloc
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-
 import llm_shared.loss
 from llm_shared.data import create_dataloader
 from llm_shared.gpt import GPTConfig, GPTModel
@@ -17,6 +12,11 @@ from llm_shared.loss import (
     next_token_loss,
     unigram_entropy,
 )
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 
 CONFIG = GPTConfig(vocab_size=50, context_length=8, n_embd=16, n_head=2, n_layer=1, dropout=0.1)
 

@@ -1,16 +1,16 @@
 import hashlib
-import re
 import os
+import re
 import subprocess
 import sys
 import threading
 
+from llm_shared.gpt import CONFIGS
+from llm_shared.resources import ASSETS, DOWNLOADS, fetch, locked, replacing, write_safetensors
+
 import pytest
 import torch
 from samples import ROOT
-
-from llm_shared.gpt import CONFIGS
-from llm_shared.resources import ASSETS, DOWNLOADS, fetch, locked, replacing, write_safetensors
 
 
 def test_bundled_files_are_those_of_the_datasheet():

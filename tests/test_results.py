@@ -1,6 +1,6 @@
-import pytest
-
 from llm_shared.results import END, START, with_results, write_results
+
+import pytest
 
 PAGE = f"before\n\n{START}\n\nold\n\n{END}\n\nafter\n"
 

@@ -1,11 +1,11 @@
 import math
 import warnings
 
+from llm_shared.schedule import warmup_cosine
+
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
-
-from llm_shared.schedule import warmup_cosine
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (9, 10), (1, 2), (0, 1)])

@@ -4,27 +4,26 @@ import io
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-import shutil
 from types import SimpleNamespace
+
+from llm_shared.checkpoint import load_model, newest_checkpoint, save_model
+from llm_shared.classify import load_classifier
+from llm_shared.cli import natural, positive_int, run
+from llm_shared.gpt import CONFIGS, GPTConfig, GPTModel
+from llm_shared.pretrain import PretrainSettings, pretrain
+from llm_shared.resources import locked
+from llm_shared.schedule import warmup_cosine
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 import numpy as np
 import pytest
 import torch
 from samples import ROOT, one_line
-
-from llm_shared.checkpoint import load_model, newest_checkpoint, save_model
-from llm_shared.classify import load_classifier
-from llm_shared.cli import natural, positive_int, run
-from llm_shared.gpt import GPTConfig, GPTModel
-from llm_shared.gpt import CONFIGS
-from llm_shared.pretrain import PretrainSettings, pretrain
-from llm_shared.resources import locked
-from llm_shared.schedule import warmup_cosine
-from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 TRAIN = "ch05/01_main-chapter-code/gpt_train.py"
 GENERATE = "ch05/01_main-chapter-code/gpt_generate.py"

@@ -10,13 +10,13 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
-import torch
-from samples import ROOT, one_line
-
 from llm_shared import resources
 from llm_shared.resources import Download
 from llm_shared.results import with_results
+
+import pytest
+import torch
+from samples import ROOT, one_line
 
 FOLDER = ROOT / "ch06/03_bonus_imdb-classification"
 SCRIPT = FOLDER / "sentiment.py"

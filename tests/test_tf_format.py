@@ -7,16 +7,16 @@ import shutil
 import struct
 from dataclasses import replace
 
+from llm_shared import tf_format
+from llm_shared.gpt import GPTConfig
+from llm_shared.tf_format import load_tf, name_from_tf, read_message, read_tf_checkpoint, read_varint
+
 import google_crc32c
 import numpy as np
 import pytest
 import torch
 from parity import hf_model
 from samples import ROOT
-
-from llm_shared import tf_format
-from llm_shared.gpt import GPTConfig
-from llm_shared.tf_format import load_tf, name_from_tf, read_message, read_tf_checkpoint, read_varint
 
 WRITTEN_BY_TENSORFLOW = ROOT / "ch05/02_alternative_weight_loading/tensorflow-checkpoint"
 CONFIG = GPTConfig(vocab_size=97, context_length=16, n_embd=24, n_head=3, n_layer=2)

@@ -9,14 +9,6 @@ from collections import Counter
 from itertools import chain, pairwise
 from random import Random
 
-import numpy as np
-import pytest
-import regex
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from samples import MIXED_TEXT
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
 import llm_shared.symbols
 from llm_shared.resources import fetch
 from llm_shared.symbols import LONG_WORD, to_symbols
@@ -30,6 +22,14 @@ from llm_shared.tokenizer import (
     split_special,
     split_words,
 )
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import MIXED_TEXT
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 SHIPPED_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 VIETNAMESE = "aăâbcdđeêghiklmnoôơpqrstuưvxy àảãáạằẳẵắặầẩẫấậèẻẽéẹềểễếệìỉĩíịòỏõóọồổỗốộờởỡớợùủũúụừửữứựỳỷỹýỵ"

@@ -1,15 +1,15 @@
 import copy
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-
 from llm_shared.data import create_dataloader
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.loss import next_token_loss
 from llm_shared.schedule import warmup_cosine
 from llm_shared.training import endless, make_optimizer, train
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 
 CONFIG = GPTConfig(vocab_size=40, context_length=8, n_embd=16, n_head=2, n_layer=2)
 TOKENS = np.tile(np.arange(40, dtype=np.uint16), 20)

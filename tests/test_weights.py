@@ -7,12 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import pytest
-import torch
-from parity import hf_model
-from safetensors.torch import load_file, save_file
-from samples import ROOT, files_of_at_most, one_line
-
 from llm_shared import weights
 from llm_shared.checkpoint import read_safetensors, save_model
 from llm_shared.gpt import CONFIGS, GPTConfig, GPTModel
@@ -22,6 +16,12 @@ from llm_shared.results import with_results
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer
 from llm_shared.weights import load_pretrained, unique, unpack_int8
+
+import pytest
+import torch
+from parity import hf_model
+from safetensors.torch import load_file, save_file
+from samples import ROOT, files_of_at_most, one_line
 
 BOOKS = ROOT / "ch05/03_bonus_pretraining_on_gutenberg"
 SMALL = GPTConfig(vocab_size=97, context_length=16, n_embd=24, n_head=3, n_layer=2)

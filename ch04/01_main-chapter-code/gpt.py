@@ -2,12 +2,12 @@
 
 import argparse
 
-import torch
-
 from llm_shared.cli import natural, run
 from llm_shared.generate import generate
 from llm_shared.gpt import CONFIGS, GPTModel
 from llm_shared.tokenizer import gpt2_tokenizer
+
+import torch
 
 
 def main():

@@ -2,12 +2,12 @@
 
 import argparse
 
-import torch
-
 from llm_shared.cli import natural, non_negative, number, positive_int, run
 from llm_shared.generate import stream, stream_text
 from llm_shared.hardware import pick_device, pick_dtype
 from llm_shared.weights import open_model
+
+import torch
 
 
 def parse_args():

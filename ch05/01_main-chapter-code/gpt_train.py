@@ -22,7 +22,9 @@ def parse_args():
     parser.add_argument("--batch-size", type=positive_int, help="windows per batch")
     parser.add_argument("--accumulate", type=positive_int, help="batches per step")
     parser.add_argument("--lr", type=positive_float, help="peak learning rate")
-    parser.add_argument("--warmup-steps", type=natural, default=50, help="steps until the peak; then down half a cosine")
+    parser.add_argument(
+        "--warmup-steps", type=natural, default=50, help="steps until the peak; then down half a cosine"
+    )
     parser.add_argument("--weight-decay", type=non_negative, help="decay of the matrices")
     parser.add_argument("--clip", type=positive_float, help="largest gradient norm")
     parser.add_argument("--val-fraction", type=share, help="share of the text, at its end, kept for validation")

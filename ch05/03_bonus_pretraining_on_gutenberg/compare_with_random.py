@@ -7,11 +7,6 @@ import statistics
 from functools import partial
 from pathlib import Path
 
-import torch
-from evaluate_mini import measure
-from prepare_books import read_book
-from torch.utils.data import DataLoader
-
 from llm_shared.classify import GPTClassifier, balance, finetune_classifier, read_messages
 from llm_shared.cli import run
 from llm_shared.data import EpochOrder
@@ -23,6 +18,11 @@ from llm_shared.results import write_results
 from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
 from llm_shared.weights import load_pretrained
+
+import torch
+from evaluate_mini import measure
+from prepare_books import read_book
+from torch.utils.data import DataLoader
 
 HERE = Path(__file__).parent
 HELD_OUT = Path("runs/books/held-out.txt")

@@ -5,8 +5,6 @@ import math
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from llm_shared.cli import run
 from llm_shared.data import create_dataloader, read_blocks
 from llm_shared.gpt import CONFIGS, GPTModel
@@ -14,6 +12,8 @@ from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.loss import bits_per_byte, evaluate
 from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.weights import open_model
+
+import numpy as np
 
 
 def measure(model, tokenizer, text_path):

@@ -4,13 +4,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from llm_shared.checkpoint import fingerprint, load_model, own_weights
 from llm_shared.cli import run
 from llm_shared.gpt import CONFIGS
 from llm_shared.resources import write_safetensors
 from llm_shared.tokenizer import gpt2_tokenizer
+
+import torch
 
 
 def pack_int8(weight):

@@ -3,11 +3,6 @@
 import argparse
 import statistics
 
-import torch
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-
 from llm_shared.classify import (
     GPTClassifier,
     balance,
@@ -21,6 +16,11 @@ from llm_shared.cli import positive_float, positive_int, run
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.schedule import warmup_cosine
 from llm_shared.weights import open_model
+
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 
 def parse_args():

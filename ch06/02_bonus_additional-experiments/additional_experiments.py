@@ -9,8 +9,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from llm_shared.classify import (
     GPTClassifier,
     balance,
@@ -34,6 +32,8 @@ from llm_shared.results import write_results
 from llm_shared.schedule import warmup_cosine
 from llm_shared.training import make_optimizer, train
 from llm_shared.weights import open_model
+
+import torch
 
 RESULTS = Path(__file__).with_name("results.json")
 LORA_LAYERS = ("attn.qkv", "attn.out_proj", "ffn.up", "ffn.down")

@@ -2,9 +2,6 @@
 
 import os
 
-import torch
-from torch import nn
-
 from llm_shared.classify import (
     GPTClassifier,
     classification_loss,
@@ -18,6 +15,9 @@ from llm_shared.hardware import pick_dtype
 from llm_shared.schedule import warmup_cosine
 from llm_shared.training import make_optimizer, train
 from llm_shared.weights import open_model
+
+import torch
+from torch import nn
 
 
 def fit_words(model, train_set, val_set, test_set):

@@ -7,10 +7,10 @@ import tarfile
 import zlib
 from pathlib import Path
 
-import pandas as pd
-
 from llm_shared.classify import split
 from llm_shared.resources import DOWNLOADS, Download, fetch
+
+import pandas as pd
 
 SNIPPETS = Path(__file__).with_name("snippets.tsv.gz")
 NEUTRAL = 0.5  # a mean rating nearer to 0, on the scale from -4 to 4, counts as neither

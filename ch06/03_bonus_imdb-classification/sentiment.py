@@ -10,15 +10,15 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from models import fine_tune, fit_words
-from reviews import READERS
-
 from llm_shared.classify import scores
 from llm_shared.cli import positive_float, positive_int, run
 from llm_shared.hardware import keep_freed_memory, pick_device
 from llm_shared.resources import replacing
 from llm_shared.results import write_results
+
+import torch
+from models import fine_tune, fit_words
+from reviews import READERS
 
 HERE = Path(__file__).parent
 MODELS = {  # the name in the table: English, Vietnamese

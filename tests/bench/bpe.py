@@ -7,13 +7,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+from llm_shared.resources import fetch
+from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
+
 import tiktoken
 from harness import record
 from tiktoken_ext import openai_public
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-from llm_shared.resources import fetch
-from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
 
 def train_hf(text, vocab_size):

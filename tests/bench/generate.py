@@ -2,11 +2,11 @@
 
 import argparse
 
+from llm_shared.gpt import CONFIGS, GPTModel
+
 import torch
 from harness import Contender, race, record
 from models import NEW_TOKENS
-
-from llm_shared.gpt import CONFIGS, GPTModel
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

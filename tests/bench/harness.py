@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from llm_shared.hardware import processor_kind
 
-from llm_shared.hardware import has_amx
+import torch
 
 RESULTS = Path(__file__).parent / "results"
 WORKER = Path(__file__).with_name("worker.py")
@@ -73,7 +73,7 @@ def processor():
     if cpuinfo.exists():
         lines = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = lines[0] if lines else name
-    return f"{name}, {'AMX' if has_amx() else 'no AMX'}"
+    return f"{name}, {'AMX' if processor_kind() == 'amx' else 'no AMX'}"
 
 
 def record(kind, title, times, limit=None, memory=None):

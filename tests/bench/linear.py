@@ -4,12 +4,12 @@ import argparse
 import statistics
 import time
 
-import torch
-import torch.nn.functional as F
-
 import llm_shared.gpt
 import llm_shared.linear
 from llm_shared.gpt import CONFIGS, GPTModel
+
+import torch
+import torch.nn.functional as F
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

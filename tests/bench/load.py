@@ -7,11 +7,11 @@ import subprocess
 import sys
 import tempfile
 
+from llm_shared.gpt import CONFIGS
+
 import torch
 from harness import record
 from models import transformers_model
-
-from llm_shared.gpt import CONFIGS
 
 PROGRAM = r"""
 import json, re, sys, time

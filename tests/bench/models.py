@@ -1,14 +1,14 @@
 """The contenders: ours and the peers as their authors ship them, all of one shape, each as a function to run once."""
 
-import torch
-import torch.nn.functional as F
-from harness import TYPES
-from torch.nn.utils import clip_grad_norm_
-
 from llm_shared.generate import generate
 from llm_shared.gpt import CONFIGS, GPTModel
 from llm_shared.loss import autocast, next_token_loss
 from llm_shared.training import make_optimizer
+
+import torch
+import torch.nn.functional as F
+from harness import TYPES
+from torch.nn.utils import clip_grad_norm_
 
 CPU = torch.device("cpu")
 BATCH = {"mini": 8, "gpt2-small (124M)": 2}  # windows of 256 tokens a training step

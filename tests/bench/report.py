@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from harness import RESULTS, lead, table
-
 from llm_shared.results import write_results
+
+from harness import RESULTS, lead, table
 
 HEADS = ("| ours / fastest peer |", "| ta / đối thủ nhanh nhất |")
 

@@ -2,11 +2,11 @@
 
 import argparse
 
+from llm_shared.gpt import CONFIGS, GPTModel
+
 import torch
 from harness import Contender, race, record
 from models import BATCH
-
-from llm_shared.gpt import CONFIGS, GPTModel
 
 
 def step_flops(size):
