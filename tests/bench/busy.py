@@ -20,7 +20,7 @@ if __name__ == "__main__":
         for dtype in options.dtypes:
             args = (*before, dtype, *after)
             found = {
-                "ours": Contender(factory, args, keep, passive=True),
+                "ours": Contender(factory, args, keep, waiting=True),
                 "ours, waiting by spinning": Contender(factory, args, keep),
             }
             for n in options.programs:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
                 peers = ("transformers", "litgpt")
                 found = {peer: Contender(f"models:generate_{peer}", args, grant, grant) for peer in peers}
                 found["peak"] = Contender("harness:long_read", (name,))
-                found["ours"] = Contender("models:generate_ours", args, grant, passive=True)
+                found["ours"] = Contender("models:generate_ours", args, grant, waiting=True)
                 times = race(found, options.rounds, warmup=1)
                 limit = times.pop("peak") * NEW_TOKENS * weights / (16 * 3072**2)  # each weight read once a token
                 record("generate", f"generation, {options.size}, {rows} rows, {name}, {how}", times, limit)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from llm_shared import WAITING
 from llm_shared.hardware import processor_kind
 
 import torch
@@ -25,13 +26,13 @@ class Contender(NamedTuple):
     factory: str
     args: tuple = ()
     keep: bool = False  # keep_freed_memory()
-    passive: bool = False  # OMP_WAIT_POLICY=passive, as llm_shared sets it
+    waiting: bool = False  # llm_shared.WAITING: threads sleep soon when they wait
 
 
 def start(contender):
     """Start a contender's process."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": "passive"} if contender.passive else {}
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment |= WAITING if contender.waiting else {}
     command = [sys.executable, str(WORKER), json.dumps([contender.factory, contender.args, contender.keep])]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)

@@ -30,9 +30,9 @@ def contenders(size, dtype, grant):
     if dtype == "bfloat16":
         weights = (*args, "GPTModelFast", "bfloat16")
         peers["llms-from-scratch fast, bfloat16 weights"] = ("models:train_rasbt", weights)
-    found = {name: Contender(*peer, keep=grant, passive=grant) for name, peer in peers.items()}
+    found = {name: Contender(*peer, keep=grant, waiting=grant) for name, peer in peers.items()}
     found["peak"] = Contender("harness:large_product", (dtype,))
-    return found | {"ours": Contender("models:train_ours", args, keep=True, passive=True)}
+    return found | {"ours": Contender("models:train_ours", args, keep=True, waiting=True)}
 
 
 if __name__ == "__main__":
