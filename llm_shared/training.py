@@ -75,6 +75,10 @@ def train(
         bar.set_postfix_str(f"loss {step_loss:.3f}, {speed}")
         if (step + 1) % eval_every == 0 or step + 1 == steps:
             val_loss = evaluate(model, val_loader, loss_fn, eval_batches, dtype)
+            if not math.isfinite(val_loss):  # before on_eval saves it over the last good checkpoint
+                raise FloatingPointError(
+                    f"the validation loss became {val_loss} at step {step + 1}: try a lower learning rate"
+                )
             history.append({"step": step + 1, "train_loss": seen_loss / seen_count, "val_loss": val_loss})
             seen_loss, seen_count = 0.0, 0
             if on_eval:

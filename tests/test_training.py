@@ -118,6 +118,17 @@ def test_divergence_is_said():
         train(model, optimizer, loader, val_loader, 50, clip=None)
 
 
+def test_weights_that_broke_are_not_saved():
+    """The last step's loss was still a number; what it did to the weights shows at the evaluation only."""
+    model, optimizer, loader, val_loader = setup(lr=1e38)
+    seen = []
+    with pytest.raises(
+        FloatingPointError, match="validation loss became (nan|inf) at step 1: try a lower learning rate"
+    ):
+        train(model, optimizer, loader, val_loader, 1, on_eval=seen.append)
+    assert seen == []
+
+
 def test_bfloat16_trains_float32_weights():
     model, optimizer, loader, val_loader = setup()
     history = train(model, optimizer, loader, val_loader, 80, dtype=torch.bfloat16)
