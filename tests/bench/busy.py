@@ -1,8 +1,10 @@
-"""The main job beside busy programs, threads waiting quietly or by spinning: python tests/bench/busy.py"""
+"""The main job beside busy programs, by how its threads wait for each other: python tests/bench/busy.py"""
 
 import argparse
 import subprocess
 import sys
+
+from llm_shared import WAITING
 
 from harness import Contender, race, record
 
@@ -20,8 +22,9 @@ if __name__ == "__main__":
         for dtype in options.dtypes:
             args = (*before, dtype, *after)
             found = {
-                "ours": Contender(factory, args, keep, waiting=True),
-                "ours, waiting by spinning": Contender(factory, args, keep),
+                "ours": Contender(factory, args, keep, WAITING),
+                "OpenMP's default, spinning": Contender(factory, args, keep),
+                "sleeping at once": Contender(factory, args, keep, {"OMP_WAIT_POLICY": "passive"}),
             }
             for n in options.programs:
                 busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]

@@ -2,6 +2,7 @@
 
 import argparse
 
+from llm_shared import WAITING
 from llm_shared.gpt import CONFIGS, GPTModel
 
 import torch
@@ -22,9 +23,11 @@ if __name__ == "__main__":
             args = (options.size, name, rows)
             for grant, how in ((False, "as shipped"), (True, "all with our settings")):
                 peers = ("transformers", "litgpt")
-                found = {peer: Contender(f"models:generate_{peer}", args, grant, grant) for peer in peers}
+                found = {
+                    peer: Contender(f"models:generate_{peer}", args, grant, WAITING if grant else {}) for peer in peers
+                }
                 found["peak"] = Contender("harness:long_read", (name,))
-                found["ours"] = Contender("models:generate_ours", args, grant, waiting=True)
+                found["ours"] = Contender("models:generate_ours", args, grant, WAITING)
                 times = race(found, options.rounds, warmup=1)
                 limit = times.pop("peak") * NEW_TOKENS * weights / (16 * 3072**2)  # each weight read once a token
                 record("generate", f"generation, {options.size}, {rows} rows, {name}, {how}", times, limit)

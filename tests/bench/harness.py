@@ -26,16 +26,15 @@ class Contender(NamedTuple):
     factory: str
     args: tuple = ()
     keep: bool = False  # keep_freed_memory()
-    waiting: bool = False  # llm_shared.WAITING: threads sleep soon when they wait
+    waiting: dict = {}  # how its threads wait, such as llm_shared.WAITING; OpenMP's default: they spin
 
 
 def start(contender):
     """Start a contender's process."""
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
-    environment |= WAITING if contender.waiting else {}
     command = [sys.executable, str(WORKER), json.dumps([contender.factory, contender.args, contender.keep])]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment | contender.waiting)
 
 
 def race(contenders, rounds, warmup=2):

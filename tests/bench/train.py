@@ -2,6 +2,7 @@
 
 import argparse
 
+from llm_shared import WAITING
 from llm_shared.gpt import CONFIGS, GPTModel
 
 import torch
@@ -30,9 +31,9 @@ def contenders(size, dtype, grant):
     if dtype == "bfloat16":
         weights = (*args, "GPTModelFast", "bfloat16")
         peers["llms-from-scratch fast, bfloat16 weights"] = ("models:train_rasbt", weights)
-    found = {name: Contender(*peer, keep=grant, waiting=grant) for name, peer in peers.items()}
+    found = {name: Contender(*peer, keep=grant, waiting=WAITING if grant else {}) for name, peer in peers.items()}
     found["peak"] = Contender("harness:large_product", (dtype,))
-    return found | {"ours": Contender("models:train_ours", args, keep=True, waiting=True)}
+    return found | {"ours": Contender("models:train_ours", args, keep=True, waiting=WAITING)}
 
 
 if __name__ == "__main__":
