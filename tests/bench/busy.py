@@ -24,7 +24,7 @@ if __name__ == "__main__":
             found = {
                 "ours": Contender(factory, args, keep, WAITING),
                 "OpenMP's default, spinning": Contender(factory, args, keep),
-                "sleeping at once": Contender(factory, args, keep, {"OMP_WAIT_POLICY": "passive"}),
+                "ours, sleeping at once": Contender(factory, args, keep, {"OMP_WAIT_POLICY": "passive"}),
             }
             for n in options.programs:
                 busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
