@@ -4,12 +4,14 @@ import ast
 import re
 import subprocess
 import sys
+from pathlib import PurePath
 
 import llm_shared
 
 import pytest
 from promises import (
     BONUS_NOTEBOOKS,
+    code_cells,
     first_written_by_the_reader,
     notebook_definitions,
     notebook_of,
@@ -25,6 +27,8 @@ ORDER = ["setup", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "appendix-D", 
 ORDER_OF_MODULES = list(llm_shared.CHAPTERS)
 BUILT = [module for module, chapter in llm_shared.CHAPTERS.items() if chapter != "setup"]
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in ROOT.glob("*[0-9A-Z]/*/*.ipynb") if not p.name.endswith(".en.ipynb"))
+SCRIPTS = [p.relative_to(ROOT) for folder in ("*[0-9A-Z]/*", "tests/bench") for p in ROOT.glob(f"{folder}/**/*.py")]
+SCRIPTS = sorted(set(SCRIPTS) - {PurePath("tests/bench/worker.py")})  # the harness tells worker.py how to wait
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,52 @@ def imports(module):
             yield node.module.removeprefix("llm_shared.")
         elif isinstance(node, ast.ImportFrom) and (node.level or node.module == "llm_shared"):
             pytest.fail(f"{module}: import from llm_shared.<module>, by name")
+
+
+def imported(source):
+    """Yield the modules that a program imports, from its first line to its last."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+        yield from [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+
+
+def torch_comes_first(sources):
+    """Say whether torch is imported, by itself or by a library, before anything of llm_shared is."""
+    for name in (name for source in sources for name in imported(source)):
+        package = name.split(".")[0]
+        if package in ("llm_shared", "torch", "transformers", "peft") or name == "safetensors.torch":
+            return package != "llm_shared"
+    return False
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + SCRIPTS, ids=str)
+def test_llm_shared_is_imported_before_torch(path):
+    """It tells OpenMP's threads how to wait, and torch listens only while it is imported."""
+    path = ROOT / path
+    assert not torch_comes_first(code_cells(path) if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")])
+
+
+@pytest.mark.parametrize(
+    "torch",
+    [
+        "import torch",
+        "import os, torch.nn as nn",
+        "if True:\n    from torch import nn",
+        "def f():\n    import torch",
+        "from safetensors.torch import load_file",
+        "import transformers",
+        "from peft import LoraConfig",
+    ],
+)
+def test_torch_is_found_however_it_is_imported(torch):
+    ours = "from llm_shared.data import TokenWindows"
+    assert torch_comes_first([torch, ours]) and torch_comes_first([f"{torch}\n{ours}"])
+    assert not torch_comes_first([ours, torch]) and not torch_comes_first([f"import math\n{ours}\n{torch}"])
+
+
+def test_the_house_shows_every_module():
+    shown = re.findall(r">([\w-]+)</text>", (ROOT / "figures/house.svg").read_text(encoding="utf-8"))
+    assert set(shown) >= set(llm_shared.CHAPTERS) | set(llm_shared.CHAPTERS.values())
 
 
 def test_the_map_names_every_module():

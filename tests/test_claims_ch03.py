@@ -1,12 +1,10 @@
 """What chapter 3 claims from one seed and one sentence, with other seeds and other lengths."""
 
 from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
-from llm_shared.linear import linear
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 
 @pytest.fixture(params=[2027, 90210], ids="seed{}".format)
@@ -107,13 +105,3 @@ def test_dropout_keeps_the_mean_and_only_trains(seed, T):
         assert not torch.equal(attention(x), attention(x))
         assert torch.allclose(mean, plain(x)[0], atol=0.06)
         assert torch.equal(attention.eval()(x), plain(x))
-
-
-@lengths
-def test_linear_equals_nn_linear_whichever_way_round(seed, T):
-    layer = nn.Linear(48, 40)
-    for rows in (1, T, 16, 16 + T):
-        x = torch.randn(rows, 1, 48)
-        assert torch.equal(linear(x, layer.weight, layer.bias), layer(x))  # with gradients: the same call
-        with torch.no_grad():
-            assert torch.allclose(linear(x, layer.weight, layer.bias), layer(x), atol=1e-5)
