@@ -72,7 +72,7 @@ def train(
 
         seen_loss, seen_count = seen_loss + step_loss * count, seen_count + count
         speed = f"{count / (time.perf_counter() - started):,.0f} targets/s"
-        bar.set_postfix_str(f"loss {step_loss:.3f}, {speed}")
+        bar.set_postfix_str(f"loss {step_loss:.3f}, {speed}", refresh=False)
         if (step + 1) % eval_every == 0 or step + 1 == steps:
             val_loss = evaluate(model, val_loader, loss_fn, eval_batches, dtype)
             history.append({"step": step + 1, "train_loss": seen_loss / seen_count, "val_loss": val_loss})
