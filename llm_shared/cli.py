@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 ADVICE = {  # what the name or the text of an error holds: what the reader can do
     "MemoryError|out of memory|allocate memory|not enough memory|ALLOC_FAILED|size calculation overflowed": (
@@ -38,13 +39,11 @@ def run(main, *args, **options):
     """Call main; a bad input becomes one line on stderr and exit status 1. `python -X dev` shows the traceback instead."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or stream.closed:
+        if stream is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")  # Vietnamese, on any console
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # to be ended, a closed terminal: as Ctrl-C, which cleans up
-        if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which cleans up
     try:
         main(*args, **options)
         sys.stdout.flush()  # so that a full disk is found here
@@ -54,7 +53,10 @@ def run(main, *args, **options):
         text = explain(error)
         if sys.flags.dev_mode or text is None:
             raise
-        drop_unwritable_output()
+        try:
+            sys.stdout.flush()
+        except OSError:  # else Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {text}")  # head has what it wanted
 
 
@@ -66,28 +68,16 @@ def explain(error):
     return " ".join(str(error).split()) if isinstance(error, (OSError, ValueError, FloatingPointError)) else None
 
 
-def drop_unwritable_output():
-    """Send what cannot be written to nowhere: Python would try again at its end, and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def log(text):
+    """Write what tqdm puts over the last line as a line of its own."""
+    if text.strip():
+        print(text.strip(), file=sys.stderr, flush=True)
 
 
 def progress(steps, **options):
     """Return tqdm(steps, …); in a log file it writes a line every few seconds, where a terminal shows one bar that moves."""
     from tqdm import tqdm
 
-    log = not sys.stderr.isatty() and "ipykernel" not in sys.modules
-    return tqdm(steps, **options, **({"file": Log(), "mininterval": 5} if log else {}))
-
-
-class Log:
-    """Standard error as a log: what would overwrite the last line becomes a new one."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip("\r\n ") + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
+    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
+        options |= {"file": SimpleNamespace(write=log), "mininterval": 5}
+    return tqdm(steps, **options)

@@ -15,9 +15,8 @@ def processor_kind():
 
 def pick_device(name="auto"):
     """Return the torch.device called name; auto is cuda, else mps, else cpu. One that is missing is a ValueError."""
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    counts = {"cuda": cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    names = [kind if i == 0 else f"{kind}:{i}" for kind, count in counts.items() for i in range(count)]
+    cuda = [f"cuda:{i}" if i else "cuda" for i in range(torch.cuda.device_count())]
+    names = [*cuda, *["mps"] * torch.backends.mps.is_available(), "cpu"]
     if name == "auto":
         return torch.device(names[0])
     if name.removesuffix(":0") not in names:
@@ -27,16 +26,14 @@ def pick_device(name="auto"):
 
 def pick_dtype(name, device):
     """Return torch.float32 or torch.bfloat16; auto is bfloat16 where the device computes it natively. Another is a ValueError."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    native = {
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": lambda: processor_kind() != "other",
-    }
-    if name == "auto":
-        return torch.bfloat16 if native.get(device.type, lambda: False)() else torch.float32
-    if name not in dtypes:
-        raise ValueError(f"number type {name!r} is none of auto, {', '.join(dtypes)}")
-    return dtypes[name]
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"number type {name!r} is none of auto, float32, bfloat16")
+    if name != "auto":
+        return getattr(torch, name)
+    native = device.type == "cpu" and processor_kind() != "other"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
 
 
 def keep_freed_memory():
@@ -44,12 +41,6 @@ def keep_freed_memory():
 
     The price: the process stays as large as it once was. Source: mallopt(3).
     """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library
-    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl has none
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
