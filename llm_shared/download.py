@@ -60,6 +60,8 @@ def receive(url, part):
             response.raw.headers.pop("Content-Encoding", None)  # some servers mean the file itself
         begin = start if response.status_code == 206 else 0
         total = begin + int(response.headers.get("Content-Length", 0)) or None
+        if not begin and total and total <= start:  # what anew would be shorter than what is there already
+            raise requests.RequestException(f"{total} bytes came instead of more than {start}")
         bar = tqdm(desc=part.stem, initial=begin, total=total, unit="B", unit_scale=True)
         with bar, open(part, "ab" if begin else "wb") as file:
             for block in response.iter_content(1 << 16):

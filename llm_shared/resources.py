@@ -38,9 +38,18 @@ def fetch(name):
             raise OSError(f"{path} is missing and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there")
         mirror = os.environ.get("HF_ENDPOINT", SITE)  # the variable that sends transformers, too, to a mirror
         download([url.replace(SITE, mirror), url], sha256, path)
-    elif hash_file(path) != sha256:
-        raise ValueError(f"{path} is not the expected file (sha256 {sha256[:12]}…): delete it to download it again")
+    verify(path, sha256)
     return path
+
+
+def verify(path, sha256):
+    """Raise a ValueError unless a file has this sha256; a note beside it saves reading it again before it changes."""
+    note, state = path.with_name(f"{path.name}.sha256"), f"{sha256} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    if not note.is_file() or note.read_text(encoding="utf-8", errors="replace") != state:
+        if hash_file(path) != sha256:
+            raise ValueError(f"{path} is not the expected file (sha256 {sha256[:12]}…): delete it to download it again")
+        with suppress(OSError):  # in a folder without writing it is read each time
+            note.write_text(state, encoding="utf-8")
 
 
 @contextmanager
