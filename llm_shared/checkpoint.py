@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import re
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +11,6 @@ from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.resources import remove_leftovers, replacing, write_safetensors
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.bpe"}
 RUN_FILES = MODEL_FILES | {"run.pt"}
+STEP = "step-" + "[0-9]" * 8  # how a checkpoint's folder is called, for glob and re
 FREE = {"data", "tokenizer", "compile"}  # settings that may change: what comes of the first two is in "tokens"
 CAUSES = {
     "dtype": "dtype={0} (add --dtype {0})",
@@ -31,23 +31,18 @@ PROBE = "Don't stop: 12345 của chúng  ta's\n\n\t½ 日本 'S, ok? IT'S café 
 
 def fingerprint(tokenizer):
     """Return a hash of what a tokenizer does: the bytes of each id, and how it cuts a text with everything in it."""
-    digest = hashlib.sha256(str(tokenizer.encode_ordinary(PROBE)).encode())
-    for i in range(tokenizer.n_vocab):
-        digest.update(repr(tokenizer.decode_bytes([i])).encode())
-    return digest.hexdigest()[:16]
+    tokens = "".join(repr(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab))
+    return hashlib.sha256(f"{tokenizer.encode_ordinary(PROBE)}{tokens}".encode()).hexdigest()[:16]
 
 
 def save_model(folder, model, tokenizer):
     """Write config.json, model.safetensors and, unless the tokenizer is GPT-2's, tokenizer.bpe: all of it, or nothing.
 
-    It replaces what it wrote there before. A folder that holds something else, a tokenizer that does not fit or
-    cannot be written, and a model whose weights have names of their own (LoRA, torch.compile) are a ValueError.
+    A folder with other files, a tokenizer that does not fit, and LoRA's or torch.compile's weights are a ValueError.
     """
-    folder, weights = Path(folder), own_weights(model)
-    if not isinstance(tokenizer, BPETokenizer) and (
-        tokenizer.n_vocab != gpt2_tokenizer().n_vocab or fingerprint(tokenizer) != fingerprint(gpt2_tokenizer())
-    ):
-        raise ValueError("only GPT-2's own tokenizer or a BPETokenizer can be saved: make one with the same merges")
+    weights = own_weights(model)
+    if not isinstance(tokenizer, BPETokenizer) and tokenizer is not gpt2_tokenizer():
+        raise ValueError("only gpt2_tokenizer() or a BPETokenizer can be saved: make one with the same merges")
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
     with replacing(folder, MODEL_FILES) as temporary:
@@ -59,10 +54,7 @@ def save_model(folder, model, tokenizer):
 
 
 def read_safetensors(path, device="cpu"):
-    """Return {name: tensor} of a safetensors file; on a CPU it is mapped: its bytes are read when they are used.
-
-    A file that is missing, damaged, or lies about its content, is a ValueError.
-    """
+    """Return {name: tensor} of a safetensors file, on a CPU mapped, not read; a missing or damaged one is a ValueError."""
     try:
         return load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
@@ -73,24 +65,17 @@ class SkipInit(TorchFunctionMode):
     """Within it no random weights are drawn: of tensors without memory there is nothing to fill."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"]
-        return function(*args, **kwargs)
+        return function(*args, **(kwargs or {}))
 
 
 def empty_model(config, weights, source):
-    """Return a GPTModel without memory, into which weights {name: tensor} fit.
-
-    Missing names, others and other shapes are a ValueError that names source and them.
-    """
+    """Return a GPTModel without memory; weights {name: tensor} that do not fit it are a ValueError that names source."""
     if config.n_layer > len(weights):
         raise ValueError(f"{source}: {config.n_layer} layers are claimed, and there are {len(weights)} tensors")
-    try:
-        with torch.device("meta"), SkipInit():
-            model = GPTModel(config)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"{source}: there is no model as large as {config}") from None
+    with torch.device("meta"), SkipInit():
+        model = GPTModel(config)
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     wrong = sorted(name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name))
     if wrong:
@@ -106,10 +91,7 @@ def own_weights(model):
 
 
 def build_model(config, weights, source, dtype=torch.float32):
-    """Return a GPTModel whose weights are the given tensors themselves, copied only for another dtype; weights: {name: tensor}.
-
-    Weights that do not fit the configuration are a ValueError that names source and them; nothing is loaded in part.
-    """
+    """Return a GPTModel of the given weights {name: tensor} themselves, copied only for another dtype; see `empty_model`."""
     model = empty_model(config, weights, source)
     weights = {name: weight.to(dtype, memory_format=torch.contiguous_format) for name, weight in weights.items()}
     model.load_state_dict(weights, assign=True)
@@ -117,19 +99,14 @@ def build_model(config, weights, source, dtype=torch.float32):
 
 
 def load_model(folder, device="cpu", dtype=torch.float32):
-    """Return (model, tokenizer) from a folder that `save_model` wrote, or from the newest checkpoint in it.
-
-    A folder that holds none, a damaged one, and one whose tokenizer is not the model's are a ValueError.
-    """
+    """Return the (model, tokenizer) that `save_model` wrote, or a run's newest; what is damaged or mixed up is a ValueError."""
     folder = newest_checkpoint(folder) or Path(folder)
-    if not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
-        raise ValueError(f"{folder} holds no checkpoint: a folder with config.json and model.safetensors is asked for")
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tokens = settings.pop("tokenizer", None)  # older folders do not say it
         config = GPTConfig(**settings)
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is damaged or not a checkpoint of this project: {error}") from None
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds no checkpoint of this project, or a damaged one: {error}") from None
     model = build_model(config, read_safetensors(folder / "model.safetensors", device), folder, dtype)
     bpe = folder / "tokenizer.bpe"
     tokenizer = BPETokenizer.load(bpe) if bpe.is_file() else gpt2_tokenizer()
@@ -138,41 +115,24 @@ def load_model(folder, device="cpu", dtype=torch.float32):
     return model, tokenizer
 
 
-def checkpoints(folder):
-    """Return the folders in a run's folder that have a checkpoint's name, by step."""
-    found = [path for path in Path(folder).glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name)]
-    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.removeprefix("step-")))
-
-
 def newest_checkpoint(folder):
     """Return the folder of a run's newest whole checkpoint, or None; one that was copied in part does not count."""
-    needed = ("config.json", "model.safetensors", "run.pt")
-    whole = [path for path in checkpoints(folder) if all((path / name).is_file() for name in needed)]
-    return whole[-1] if whole else None
+    found = (path.parent for path in Path(folder).glob(f"{STEP}/run.pt"))
+    return max((path for path in found if {"config.json", "model.safetensors"} <= {*os.listdir(path)}), default=None)
 
 
 def drop_others(folder, kept):
     """Remove all checkpoints but one, and what killed writers left; folders that hold anything else are the reader's."""
-    for path in checkpoints(folder):
-        if path != kept and {file.name for file in path.iterdir()} <= RUN_FILES:
+    for path in filter(Path.is_dir, Path(folder).glob(STEP)):
+        if path != kept and set(os.listdir(path)) <= RUN_FILES:
             shutil.rmtree(path, ignore_errors=True)
-    remove_leftovers(folder, "step-[0-9]{8,}")
-
-
-def plain_values(value):
-    """Return value with Python's own numbers for numpy's, and texts for paths: else run.pt could not be read back."""
-    if isinstance(value, dict):
-        return {key: plain_values(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(plain_values, value))
-    return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
+    remove_leftovers(folder, STEP)
 
 
 def save_checkpoint(folder, model, tokenizer, optimizer, history, settings):
     """Write all that the run needs to go on to folder/step-…, then drop the checkpoints before it.
 
-    The new one gets its name when it is whole: whatever happens, one whole checkpoint stays. Step, schedule and
-    the loader's position all follow from the history's last step. A failed write is an OSError.
+    Step, schedule and the loader's position follow from the history's last step. A failed write is an OSError.
     """
     target = Path(folder) / f"step-{history[-1]['step']:08d}"
     random_states = {"cpu": torch.get_rng_state()}
@@ -184,31 +144,25 @@ def save_checkpoint(folder, model, tokenizer, optimizer, history, settings):
     try:
         with replacing(target, RUN_FILES) as temporary:
             save_model(temporary, model, tokenizer)
-            torch.save(plain_values(run), temporary / "run.pt")
+            torch.save(run, temporary / "run.pt")
     except (RuntimeError, OSError) as error:  # torch.save says RuntimeError when the disk is full
         reason = str(error).splitlines()[0]
         raise OSError(f"could not save the checkpoint {target}: {reason}; the one before it is untouched") from error
     drop_others(folder, target)
 
 
-def load_checkpoint(folder, model, optimizer, settings, unsaid=None):
-    """Put the run in folder back as it was when its newest checkpoint was written; return its history.
-
-    ValueError if there is none, if it is damaged, or made with other settings; unsaid: those that it may not name.
-    """
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
+def load_checkpoint(folder, model, optimizer, settings):
+    """Put a run back as its newest checkpoint has it; return its history. Other settings, or damage, are a ValueError."""
+    if not (checkpoint := newest_checkpoint(folder)):
         raise ValueError(f"{folder} holds no checkpoint to resume: run once without --resume")
     try:
         run = torch.load(checkpoint / "run.pt", map_location="cpu", weights_only=True)
-        was, history, states = (unsaid or {}) | run["settings"], run["history"], run["random"]
-        moments = run["optimizer"]
+        moments, was, history, states = (run[key] for key in ("optimizer", "settings", "history", "random"))
     except Exception as error:
         raise ValueError(f"{checkpoint / 'run.pt'} is damaged or no run's: {error}".splitlines()[0]) from None
     changed = [key for key in sorted((was | settings).keys() - FREE) if (was.get(key) or 0) != (settings.get(key) or 0)]
-    made = [CAUSES.get(key, f"{key}={{}}").format(str(was.get(key)).removeprefix("torch.")) for key in changed]
-    if made:
-        made = ", ".join(made)
+    if changed:
+        made = ", ".join(CAUSES.get(key, f"{key}={{}}").format(was.get(key)) for key in changed)
         raise ValueError(f"the run in {folder} was made with {made}: resume it with the same, or choose another folder")
     weights = load_model(checkpoint)[0].state_dict()
     empty_model(model.config, weights, checkpoint)

@@ -32,29 +32,28 @@ def read_messages(source="bundled"):
     import pandas as pd
 
     exact = {"dtype": str, "keep_default_na": False}  # a message may be NA, or 123
+    file = source
+    if source == "bundled":
+        file, exact = fetch("sms-spam.csv"), exact | {"names": ["row", "label", "text"], "header": 0}
+    if source == "uci":  # no head line, tabs, and quotation marks that belong to the text
+        file = zipfile.Path(fetch("sms-spam-collection.zip"), "SMSSpamCollection").open("rb")
+        exact |= {"names": ["label", "text"], "sep": "\t", "quoting": csv.QUOTE_NONE}
     try:
-        if source == "uci":  # no head line, tabs, and quotation marks that belong to the text
-            with zipfile.Path(fetch("sms-spam-collection.zip"), "SMSSpamCollection").open("rb") as file:
-                table = pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE, names=["label", "text"], **exact)
-        else:
-            table = pd.read_csv(fetch("sms-spam.csv") if source == "bundled" else source, **exact)
-            table = table.rename(columns={"spam": "label"}) if source == "bundled" else table
+        table = pd.read_csv(file, **exact)
         if not {"text", "label"} <= {*table} or not isinstance(table.index, pd.RangeIndex):
             raise ValueError(f"the head line is {[*table]}, and each row needs as many cells")
     except ValueError as error:  # also those of pandas
-        raise ValueError(f"{source} is no CSV in UTF-8 with the columns text and label: {str(error).strip()}") from None
-    labels, left_out = {}, []
-    for row, text, said in zip(table.index + 2, table.text, table.label, strict=True):
-        label = LABELS.get(said.strip().lower())
-        if not text.strip() or len(text) > LONGEST:
-            left_out.append(f"longer than {LONGEST} characters" if text.strip() else "empty")
-        elif label is None or labels.setdefault(text, label) != label:
-            raise ValueError(f"{source}, row {row}: the label is {said!r}; write 0 or 1, for the same text the same")
-    for reason in sorted(set(left_out)):
-        print(f"{source}: {left_out.count(reason)} rows left out: {reason}")
-    if set(labels.values()) != {0, 1}:
-        raise ValueError(f"{source}: labels must be 0 and 1, and both occur; there are {sorted(set(labels.values()))}")
-    return pd.DataFrame(labels.items(), columns=["text", "label"])
+        raise ValueError(f"{source} is no CSV in UTF-8 with the columns text and label: {error}".strip()) from None
+    kept = table[table.text.str.strip().str.len().between(1, LONGEST)]
+    if len(kept) < len(table):
+        print(f"{source}: {len(table) - len(kept)} rows left out, empty or longer than {LONGEST} characters")
+    labels = kept.label.str.strip().str.lower().map(LABELS)
+    wrong = labels.isna() | (labels.groupby(kept.text).transform("nunique") > 1)
+    if wrong.any():
+        raise ValueError(f"{source}, row {wrong.idxmax() + 2}: label it 0 or 1, and the same text always the same")
+    if set(labels) != {0, 1}:
+        raise ValueError(f"{source}: labels must be 0 and 1, and both occur; there are {sorted(set(labels))}")
+    return kept.assign(label=labels)[["text", "label"]].drop_duplicates(ignore_index=True)
 
 
 def balance(table, seed=0):
@@ -77,8 +76,6 @@ def split(table, seed=0, train=0.7, val=0.1):
 
 def encode_messages(table, tokenizer, max_length):
     """Return a list of (ids, label); of a longer message the first max_length ids. An empty text becomes one <|endoftext|>."""
-    if max_length < 1 or tokenizer.eot_token is None:
-        raise ValueError(f"max_length must be at least 1, not {max_length}, and the tokenizer must know <|endoftext|>")
     encoded = [tokenizer.encode_ordinary(text)[:max_length] or [tokenizer.eot_token] for text in table.text]
     return list(zip(encoded, table.label.tolist(), strict=True))
 
@@ -86,9 +83,9 @@ def encode_messages(table, tokenizer, max_length):
 def pad_batch(items, pad_id=50256, width=None):
     """Return (ids (B, T), lengths (B), labels (B)) of B items; shorter rows are filled up on the right with pad_id."""
     lengths = [len(ids) for ids, _ in items]
-    width = max(lengths, default=0) if width is None else width
-    if not 0 < min(lengths, default=0) <= max(lengths) <= width:
-        raise ValueError(f"a batch needs rows, each of 1 to {width} ids; theirs are {lengths}")
+    width = width or max(lengths)
+    if not 1 <= min(lengths) <= max(lengths) <= width:
+        raise ValueError(f"a batch takes no row without ids and none wider than {width}; these have {lengths}")
     rows = [ids + [pad_id] * (width - len(ids)) for ids, _ in items]
     return torch.tensor(rows), torch.tensor(lengths), torch.tensor([label for _, label in items])
 
@@ -119,12 +116,12 @@ class GPTClassifier(nn.Module):
 
 def train_only(model, layers):
     """Freeze all parameters but those of layers, such as "gpt.blocks.3"; "all" is all, an unknown name a ValueError."""
+    modules = {"all": model} | dict(model.named_modules())
+    if unknown := [layer for layer in layers if layer not in modules]:
+        raise ValueError(f"no layer is called {unknown[0]!r}; there are {', '.join(filter(None, modules))}")
+    model.requires_grad_(False)
     for layer in layers:
-        if layer != "all" and not any(f"{name}.".startswith(f"{layer}.") for name, _ in model.named_parameters()):
-            tops = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters()))
-            raise ValueError(f"no layer is called {layer!r}; there are all, {tops}")
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(any(layer == "all" or f"{name}.".startswith(f"{layer}.") for layer in layers))
+        modules[layer].requires_grad_(True)
 
 
 def classification_loss(model, ids, lengths, labels):
@@ -143,16 +140,12 @@ def predict(model, loader, dtype=torch.float32):
             probs.append(model(ids.to(device), lengths.to(device)).float().softmax(-1).cpu())
             labels.append(targets)
     model.train(was_training)
-    if not labels:
-        raise ValueError("the loader holds no batch: there is nothing to predict")
     return torch.cat(probs), torch.cat(labels)
 
 
 def scores(probs, labels):
     """Return accuracy, the confusion matrix [true][predicted], and precision and recall of label 1, nan where undefined."""
     predicted, n = probs.argmax(-1), probs.shape[1]
-    if n < 2 or not set(labels.tolist()) <= set(range(n)):
-        raise ValueError(f"of {n} classes the labels cannot be {sorted(set(labels.tolist()))}")
     confusion = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
     hits, said, true = confusion[1, 1], confusion[:, 1].sum(), confusion[1].sum()
     accuracy = (predicted == labels).double().mean().item()
@@ -168,8 +161,8 @@ def finetune_classifier(
 
     schedule(lr, steps) makes the step → learning rate that `train` asks for; without one lr stays.
     """
-    if epochs < 1 or not 0 < lr < float("inf"):
-        raise ValueError(f"epochs must be at least 1 and lr a number above 0, not {epochs} and {lr}")
+    if epochs < 1 or max_length < 1 or not 0 < lr < float("inf"):
+        raise ValueError(f"epochs={epochs} and max_length={max_length} must be at least 1, lr={lr} a number above 0")
     items = [encode_messages(part, tokenizer, max_length) for part in split(table, seed)]
     loader, val_loader, test_loader = (
         create_message_loader(part, batch_size, i == 0, seed, tokenizer.eot_token) for i, part in enumerate(items)
@@ -184,11 +177,9 @@ def finetune_classifier(
 
 
 def classify(model, tokenizer, text):
-    """Return the probability of each class for one text; one that does not fit the context is a ValueError."""
-    ids, context = tokenizer.encode_ordinary(text), model.gpt.config.context_length
-    if not 0 < len(ids) <= context:
-        raise ValueError(f"the message has {len(ids)} tokens; from 1 to {context} can be read: shorten it")
-    return predict(model, [pad_batch([(ids, 0)])])[0][0].tolist()
+    """Return the probability of each class for one text; an empty one, or one over the context, is a ValueError."""
+    batch = pad_batch([(tokenizer.encode_ordinary(text), 0)])
+    return predict(model, [batch])[0][0].tolist()
 
 
 def save_classifier(path, model):

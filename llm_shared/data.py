@@ -16,14 +16,10 @@ LONGEST_WORD = 1 << 19  # characters; only a word longer than this may be cut
 BORDER = regex.compile(r"(?r)\p{L}\P{L}|\p{N}\P{N}|[^\s\p{L}\p{N}'][\s\p{L}\p{N}]")
 
 
-def last_cut(text, start, special_tokens):
-    """Return the last place where text may be cut so that no word and no special token crosses, 0 if it has to grow.
-
-    The first start characters were looked through before.
-    """
-    longest = max(map(len, special_tokens), default=0)  # half a special token may stand at the end
-    looked, end = max(0, start - longest - 1), max(0, len(text) - longest)
-    borders = (match.end() - 1 for match in BORDER.finditer(text, looked, end))
+def last_cut(text, special_tokens):
+    """Return the last place where text may be cut so that no word and no special token crosses; 0: it has to grow."""
+    end = max(0, len(text) - max(map(len, special_tokens), default=0))  # half a special token may stand at the end
+    borders = (match.end() - 1 for match in BORDER.finditer(text, 0, end))
     anywhere = range(LONGEST_WORD, 0, -1) if end >= LONGEST_WORD else []
     for cut in chain(borders, anywhere):
         if not any(token in text[max(0, cut - len(token) + 1) : cut + len(token) - 1] for token in special_tokens):
@@ -32,10 +28,7 @@ def last_cut(text, start, special_tokens):
 
 
 def read_blocks(path, special_tokens=()):
-    """Yield a UTF-8 text file in blocks that no word and no special token crosses: their ids are those of the whole text.
-
-    Only a word of more than 524,288 characters is cut all the same, so that any file fits in memory.
-    """
+    """Yield a UTF-8 text file in blocks whose ids are those of the whole text; a word over LONGEST_WORD aside."""
     rest = ""
     with open(path, encoding="utf-8-sig") as file:
         try:
@@ -43,7 +36,7 @@ def read_blocks(path, special_tokens=()):
                 if "\0" in block:
                     raise ValueError(f"{path} holds zero bytes: it is not a text file")
                 text = rest + block
-                cut = last_cut(text, len(rest), special_tokens)
+                cut = last_cut(text, special_tokens)
                 rest = text[cut:]
                 yield text[:cut]
         except UnicodeDecodeError as error:
@@ -86,10 +79,7 @@ class TokenWindows(Dataset):
         if context_length < 1 or stride < 1:
             raise ValueError(f"context_length and stride must be at least 1, not {context_length} and {stride}")
         if len(tokens) <= context_length:
-            raise ValueError(
-                f"{len(tokens)} tokens are too few for one window of {context_length} and its target: "
-                "take a longer text, or a shorter context length"
-            )
+            raise ValueError(f"{len(tokens)} tokens are too few for one window of {context_length}: take a longer text")
         tokens = np.asarray(tokens)
         if tokens.dtype.kind not in "iu" or tokens.dtype.kind == "i" and tokens.min() < 0:
             raise ValueError(f"tokens must be whole numbers from 0 on; these {tokens.dtype} are not")
@@ -120,10 +110,7 @@ class EpochOrder(Sampler):
 
 
 def create_dataloader(tokens, batch_size, context_length, stride, shuffle=True, seed=0):
-    """Return a DataLoader of (inputs, targets), each int64 (batch_size, context_length); the last batch may be smaller.
-
-    Each pass draws a new order; `loader.sampler.epoch = k` goes to the order of epoch k.
-    """
+    """Return a DataLoader of (inputs, targets), each int64 (batch_size, context_length); the last batch may be smaller."""
     windows = TokenWindows(tokens, context_length, stride)
     own = torch.Generator()  # else each pass draws from the global one, which dropout uses
     return DataLoader(windows, batch_size, sampler=EpochOrder(len(windows), shuffle, seed), generator=own)

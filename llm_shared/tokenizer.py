@@ -20,23 +20,14 @@ PIECE_PATTERN = re.compile(r" ?[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[
 END_OF_TEXT = "<|endoftext|>"
 
 
-def check_text(text):
-    """Return text if it can be written as UTF-8; half a surrogate pair is a ValueError."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is a lone surrogate ({text[error.start]!r}): not text") from None
-    return text
-
-
 def split_words(text):
     """Cut text into the words that no token crosses, by GPT-2's pattern; nothing is lost: the words join to the text."""
-    return regex.findall(GPT2_PATTERN, check_text(text))
+    return regex.findall(GPT2_PATTERN, text)
 
 
 def split_pieces(text):
     """Cut text at whitespace only, faster than split_words and exact: no word goes on from a visible character to a space."""
-    return PIECE_PATTERN.findall(check_text(text))
+    return PIECE_PATTERN.findall(text)
 
 
 def split_special(text, special_tokens):
@@ -69,6 +60,7 @@ class BPETokenizer:
         self.pairs = {symbol: pair for pair, symbol in self.merged.items()}
         self.special_tokens_set = set(special_tokens)
         self.special_ids = {token: len(self.token_bytes) + i for i, token in enumerate(special_tokens)}
+        self.eot_token = self.special_ids.get(END_OF_TEXT)  # None where there is no such token
         self.token_bytes += [token.encode("utf-8") for token in special_tokens]
         self.n_vocab = len(self.token_bytes)
         self.encode_piece = Memo(self._encode_piece).__getitem__
@@ -124,11 +116,6 @@ class BPETokenizer:
                 heappush(heap, (-pair_counts[new_pair], new_pair))
         return cls(merges, special_tokens)
 
-    @property
-    def eot_token(self):
-        """The id of <|endoftext|>, or None where there is no such token."""
-        return self.special_ids.get(END_OF_TEXT)
-
     def _encode_word(self, word):
         symbols = to_symbols(word)
         if len(symbols) > LONG_WORD:
@@ -172,26 +159,24 @@ class BPETokenizer:
     def save(self, path):
         """Write the merges as GPT-2's files do, one pair of visible tokens a line, special tokens in the head."""
         visible = ["".join(VISIBLE[byte] for byte in token) for token in self.token_bytes]
-        head = ["#version: 0.2", f"#special: {json.dumps(list(self.special_ids))}"]
-        lines = head + [f"{visible[left]} {visible[right]}" for left, right in self.merges]
+        lines = ["#version: 0.2", f"#special: {json.dumps(list(self.special_ids))}"]
+        lines += [f"{visible[left]} {visible[right]}" for left, right in self.merges]
         with replacing(path) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
     @classmethod
     def load(cls, path):
         """Read a tokenizer that `save` wrote, or GPT-2's own vocab.bpe."""
-        lines = Path(path).read_bytes().decode("utf-8", errors="replace").splitlines() or [""]
-        if not lines[0].startswith("#version:"):
-            raise ValueError(f"{path} is not a BPE merges file: its first line is not '#version: …'")
-        special_tokens, first = [END_OF_TEXT], 1
-        if lines[1:] and lines[1].startswith("#special: "):
-            special_tokens, first = json.loads(lines[1].removeprefix("#special: ")), 2
+        special_tokens, merges = [END_OF_TEXT], []
         ids = {VISIBLE[byte]: i for i, byte in enumerate(BYTES)}  # visible token → id
-        merges = []
-        for number, line in enumerate(lines[first:], start=first + 1):
-            if not line:
-                continue
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        if not text.startswith("#version:"):
+            raise ValueError(f"{path} is not a BPE merges file: its first line is not '#version: …'")
+        for number, line in enumerate(text.splitlines()[1:], start=2):
             left, _, right = line.partition(" ")
+            if left == "#special:":
+                special_tokens = json.loads(right)
+                continue
             if left not in ids or right not in ids:
                 raise ValueError(f"{path}, line {number}: {line!r} does not merge two known tokens")
             merges.append((ids[left], ids[right]))
@@ -206,6 +191,4 @@ def gpt2_tokenizer():
 
     ours = BPETokenizer.load(fetch("gpt2/vocab.bpe"))
     ranks = {token: i for i, token in enumerate(ours.token_bytes[: -len(ours.special_ids)])}
-    return tiktoken.Encoding(
-        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=ours.special_ids, explicit_n_vocab=50257
-    )
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=ours.special_ids)

@@ -53,7 +53,7 @@ def train(
         started = time.perf_counter()
         if schedule:
             for group in optimizer.param_groups:
-                group["lr"] = schedule(step)
+                group["lr"] = float(schedule(step))  # numpy's number could not be read back
 
         micro_batches = [[tensor.to(device) for tensor in next(batches)] for _ in range(accumulate)]
         count = sum(count_targets(batch[-1]) for batch in micro_batches)
