@@ -31,10 +31,7 @@ def extract_tar(source, folder):
 
 
 def unpack(archive, folder):
-    """Extract a .zip or .tar archive to a new folder: all of it, or nothing.
-
-    One that is damaged, holds a name twice, or a name or a link that leads out of the folder, is a ValueError.
-    """
+    """Extract a .zip or .tar archive to a new folder, all of it or nothing; a damaged or dangerous one is a ValueError."""
     with open(archive, "rb") as source, replacing(folder) as temporary:
         temporary.mkdir()
         try:

@@ -54,7 +54,7 @@ def save_model(folder, model, tokenizer):
 
 
 def read_safetensors(path, device="cpu"):
-    """Return {name: tensor} of a safetensors file, on a CPU mapped, not read; a missing or damaged one is a ValueError."""
+    """Return {name: tensor} of a safetensors file, on a CPU mapped: read when used; a bad file is a ValueError."""
     try:
         return load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
@@ -91,7 +91,7 @@ def own_weights(model):
 
 
 def build_model(config, weights, source, dtype=torch.float32):
-    """Return a GPTModel of the given weights {name: tensor} themselves, copied only for another dtype; see `empty_model`."""
+    """Return a GPTModel whose weights are the given tensors, copied only for another dtype; misfits are a ValueError."""
     model = empty_model(config, weights, source)
     weights = {name: weight.to(dtype, memory_format=torch.contiguous_format) for name, weight in weights.items()}
     model.load_state_dict(weights, assign=True)
@@ -99,7 +99,7 @@ def build_model(config, weights, source, dtype=torch.float32):
 
 
 def load_model(folder, device="cpu", dtype=torch.float32):
-    """Return the (model, tokenizer) that `save_model` wrote, or a run's newest; what is damaged or mixed up is a ValueError."""
+    """Return (model, tokenizer) of a folder of save_model, or of a run's newest checkpoint; else a ValueError."""
     folder = newest_checkpoint(folder) or Path(folder)
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -130,10 +130,7 @@ def drop_others(folder, kept):
 
 
 def save_checkpoint(folder, model, tokenizer, optimizer, history, settings):
-    """Write all that the run needs to go on to folder/step-…, then drop the checkpoints before it.
-
-    Step, schedule and the loader's position follow from the history's last step. A failed write is an OSError.
-    """
+    """Write all that a run needs to go on to folder/step-…, then drop the checkpoints before it; or an OSError."""
     target = Path(folder) / f"step-{history[-1]['step']:08d}"
     random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

@@ -97,10 +97,7 @@ def create_message_loader(items, batch_size, shuffle=True, seed=0, pad_id=50256)
 
 
 class GPTClassifier(nn.Module):
-    """A GPT whose last real position goes through a new head: ids (B, T), lengths (B) → logits (B, n_classes).
-
-    The causal mask hides what stands to the right of a token, so padding cannot change the answer.
-    """
+    """A GPT whose last real position goes through a new head: ids (B, T), lengths (B) → logits (B, n_classes)."""
 
     def __init__(self, gpt, n_classes=2):
         super().__init__()
@@ -157,10 +154,7 @@ def finetune_classifier(
     model, tokenizer, table, *, layers=("all",), max_length=128, batch_size=16, epochs=5, lr=5e-4, schedule=None, seed=0,
     dtype=torch.float32,
 ):  # fmt: skip
-    """Split a table, train the named layers of a GPTClassifier on its larger part; return (history, scores on the test part).
-
-    schedule(lr, steps) makes the step → learning rate that `train` asks for; without one lr stays.
-    """
+    """Split a table, train the named layers on its larger part with schedule(lr, steps); return (history, test scores)."""
     if epochs < 1 or max_length < 1 or not 0 < lr < float("inf"):
         raise ValueError(f"epochs={epochs} and max_length={max_length} must be at least 1, lr={lr} a number above 0")
     items = [encode_messages(part, tokenizer, max_length) for part in split(table, seed)]

@@ -46,10 +46,7 @@ def read_blocks(path, special_tokens=()):
 
 
 def write_tokens(text_path, tokens_path, tokenizer):
-    """Tokenize a UTF-8 text file into a flat file of ids, 2 or 4 bytes each; return its path, suffix .uint16 or .uint32.
-
-    <|endoftext|> in the text becomes its one id. A text that is missing, empty or not UTF-8 leaves no file behind.
-    """
+    """Tokenize a UTF-8 text file into a flat file of ids, 2 or 4 bytes each; return its path, suffix .uint16 or .uint32."""
     dtype = "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
     tokens_path = Path(f"{str(tokens_path).removesuffix(f'.{dtype}')}.{dtype}")  # corpus.train keeps its .train
     with replacing(tokens_path) as temporary, open(temporary, "wb") as file:

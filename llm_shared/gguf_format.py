@@ -35,11 +35,7 @@ NORMAL, CONTROL = 1, 3  # llama.cpp's kinds of tokens
 
 
 def export_gguf(model, file, tokenizer=None):
-    """Write a GGUF file with the model, in its own dtype, and the tokenizer: GPT-2's unless given.
-
-    Another tokenizer than the model's, a model that wears LoRA or is compiled, and one in float64 are a ValueError, a
-    failed write an OSError.
-    """
+    """Write a GGUF file with the model, in its own dtype, and its tokenizer (GPT-2's unless given); else a ValueError."""
     import gguf
 
     c, bpe, weights = model.config, bpe_of(tokenizer, model), own_weights(model)
@@ -77,10 +73,7 @@ def export_gguf(model, file, tokenizer=None):
 
 
 def read_gguf(file):
-    """Return (fields, weights) of a GGUF file, both {name: …}; weights in float32, whatever type they are stored in.
-
-    A file that is cut short, damaged, big-endian or no GGUF is a ValueError.
-    """
+    """Return (fields, weights in float32) of a GGUF file, both {name: …}; a damaged or big-endian one is a ValueError."""
     import gguf
 
     class Reader(gguf.GGUFReader):
@@ -95,23 +88,16 @@ def read_gguf(file):
         if reader.byte_order != "I":
             raise ValueError("its numbers are big-endian")
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        weights, end = {}, reader.data_offset
-        for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
-            if tensor.data_offset < end:
-                raise ValueError(f"{tensor.name} overlaps what stands before it")
-            end = tensor.data_offset + tensor.n_bytes
-            array = gguf.dequantize(tensor.data, tensor.tensor_type)
-            weights[tensor.name] = torch.from_numpy(array.reshape(tensor.shape[::-1].tolist()))
+        shapes = {tensor.name: tensor.shape[::-1].tolist() for tensor in reader.tensors}
+        arrays = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+        weights = {name: torch.from_numpy(array.reshape(shapes[name])) for name, array in arrays.items()}
     except (OSError, LookupError, ValueError, OverflowError, TypeError, RuntimeError) as error:
         raise ValueError(f"{file} is damaged or no GGUF file: {error}") from None
     return fields, weights
 
 
 def load_gguf(file, device="cpu", dtype=torch.float32):
-    """Return (model, tokenizer) of a GGUF file of the gpt2 architecture, the inverse of `export_gguf`.
-
-    Another architecture, settings or a tokenizer that are not GPT-2's, and what does not fit are a ValueError.
-    """
+    """Return (model, tokenizer) of a GGUF file of a GPT-2; what GPTModel cannot follow is a ValueError that names it."""
     fields, theirs = read_gguf(file)
     if fields.get("general.architecture") != "gpt2":
         raise ValueError(f"{file} holds the architecture {fields.get('general.architecture')!r}, not gpt2")

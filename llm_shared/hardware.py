@@ -37,10 +37,7 @@ def pick_dtype(name, device):
 
 
 def keep_freed_memory():
-    """Tell glibc (Linux) to keep freed memory: it gives every block over 32 MB back, and each step pays for it again.
-
-    The price: the process stays as large as it once was. Source: mallopt(3).
-    """
+    """Tell glibc (Linux) to keep freed blocks over 32 MB: each step would pay for them again. Source: mallopt(3)."""
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl has none
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, -1)  # M_TRIM_THRESHOLD

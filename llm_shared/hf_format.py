@@ -57,10 +57,7 @@ def config_from(settings, names, source):
 
 
 def read_folder(folder, device="cpu"):
-    """Return {name: tensor} of folder/model.safetensors, or each tensor from the file that the folder's index names.
-
-    Neither of the two, and an index that its files contradict, are a ValueError.
-    """
+    """Return {name: tensor} of model.safetensors, or of exactly the files that the folder's index names; else a ValueError."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return read_safetensors(whole, device)
@@ -78,11 +75,7 @@ def read_folder(folder, device="cpu"):
 
 
 def load_hf(folder, device="cpu", dtype=torch.float32):
-    """Return the GPTModel of a folder that transformers wrote, or that was downloaded from a hub: a GPT-2 of any size.
-
-    A folder without config.json and model.safetensors (pickles are not opened), settings or a tokenizer.json that
-    are not GPT-2's, and weights that do not fit are a ValueError.
-    """
+    """Return the GPTModel of a folder that transformers wrote; a ValueError names what GPTModel cannot follow."""
     source, cut = Path(folder) / "config.json", Path(folder) / "tokenizer.json"
     theirs = read_settings(source)
     config = config_from(theirs, HF_CONFIG, source)
@@ -148,11 +141,7 @@ def tokenizer_json(bpe):
 
 
 def export_hf(model, folder, tokenizer=None):
-    """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open; tokenizer: GPT-2's unless given.
-
-    A folder that holds something, another tokenizer than the model's, and a model that wears LoRA or is compiled are a
-    ValueError, a failed write an OSError.
-    """
+    """Write a new folder that AutoModelForCausalLM and AutoTokenizer open; tokenizer: GPT-2's unless given."""
     folder, c, bpe = Path(folder), model.config, bpe_of(tokenizer, model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something already: choose another folder")

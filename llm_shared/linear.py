@@ -12,10 +12,7 @@ LARGE = 2**19  # weights; a smaller matrix stays in the caches
 
 
 def way(rows, weight):
-    """Return how to multiply few rows by a weight (d_out, d_in) on this processor: "plain", "vector" or "turned".
-
-    Measured with python tests/bench/linear.py; on a processor that nobody measured, F.linear it is.
-    """
+    """Return how to multiply few rows by a weight here, as tests/bench/linear.py measured: plain, vector or turned."""
     if PROCESSOR == "amx":
         return "vector" if rows == 1 else "turned" if rows in AMX_ROWS.get(weight.dtype, ()) else "plain"
     if PROCESSOR == "avx512_bf16" and weight.dtype is torch.float32 and weight.numel() > LARGE:
@@ -28,9 +25,8 @@ def way(rows, weight):
 def linear(x, weight, bias=None):
     """Return x @ weight.T + bias; x (..., d_in), weight (d_out, d_in), bias (d_out) → (..., d_out).
 
-    Decoding multiplies large matrices by few rows, x (B, 1, d_in), on a CPU. "vector" is matrix × vector; "turned" is
-    weight @ x.T: the packing that a product asks for falls on x, the small side. One row is turned as two equal
-    ones, since two columns are read faster than one. A weight that lies the other way round is turned already.
+    Decoding multiplies large matrices by few rows, x (B, 1, d_in), on a CPU. "turned" is weight @ x.T: the packing that
+    a product asks for falls on the small side; one row is turned as two equal ones, which are read faster.
     """
     if torch.is_grad_enabled() or not x.is_cpu or x.ndim != 3 or x.dtype is not weight.dtype:
         return F.linear(x, weight, bias)

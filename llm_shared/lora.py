@@ -61,10 +61,7 @@ def lora_layers(model):
 
 
 def add_lora(model, layers, rank, alpha):
-    """Put a LoRALinear in place of each linear layer whose name ends with one of layers, such as "attn.qkv"; freeze the rest.
-
-    Layers, a rank or an alpha that cannot be, and a second LoRA, are a ValueError that leaves the model as it was.
-    """
+    """Put a LoRALinear in place of each linear layer whose name ends with one of layers; freeze the rest; or change nothing."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     ends = tuple(f".{layer}" for layer in layers)
     if isinstance(layers, str) or not ends:

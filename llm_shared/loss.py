@@ -13,8 +13,7 @@ CHUNK = 512  # positions whose logits exist at one time
 def cross_entropies(rows, weight, target):
     """Return the cross-entropy of each row, nats (chunk, 1), and the probabilities (chunk, vocab_size) for its gradient.
 
-    rows (chunk, n_embd), weight (vocab_size, n_embd), target (chunk, 1). It is -log p of the target. Where the number
-    type cannot hold so small a p, the likeliest token helps out: log Σ exp = its logit - log of its p.
+    Where the number type cannot hold the target's p, the likeliest token helps out: log Σ exp = its logit - log its p.
     """
     logits = rows @ weight.T  # (chunk, vocab_size)
     probs = logits.softmax(dim=-1, dtype=logits.dtype)  # else a GPU's autocast makes it float32
@@ -83,10 +82,7 @@ def count_targets(targets):
 
 @torch.no_grad()
 def evaluate(model, loader, loss_fn=next_token_loss, batches=None, dtype=torch.float32):
-    """Return the mean loss (nats) per target over a loader, or its first batches; every target weighs the same.
-
-    Nothing random is drawn from the training run's generators, so looking does not change what is learned.
-    """
+    """Return the mean loss (nats) per target over a loader, or its first batches; looking changes nothing of the run."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

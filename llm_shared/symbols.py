@@ -33,10 +33,7 @@ class Memo(dict):
 
 
 def merge_places(symbols, merged, pairs):
-    """Merge the symbols of a long word in O(n log n): after a merge only its own neighbours are looked at again.
-
-    merged {pair: symbol} and pairs {symbol: pair} are a BPETokenizer's: what a merge makes is merged later than it.
-    """
+    """Merge the symbols of a long word in O(n log n); merged {pair: symbol} and pairs {symbol: pair} are a BPETokenizer's."""
     places = defaultdict(list)  # symbol → where it may be born
     for i, born in enumerate(map(merged.get, map(add, symbols, symbols[1:]))):
         if born:

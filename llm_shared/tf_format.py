@@ -79,10 +79,7 @@ def check_crc(data, checksum, name):
 
 
 def read_tf_checkpoint(prefix):
-    """Return {name: float32 array} of the checkpoint prefix.index, prefix.data-…; the arrays are the mapped data files.
-
-    Sizes and checksums are compared; a file that is cut short, changed or missing is a ValueError.
-    """
+    """Return {name: float32 array} of prefix.index and prefix.data-…, mapped; a wrong size or checksum is a ValueError."""
     try:
         table = Path(f"{prefix}.index").read_bytes()
         if len(table) < 48 or struct.unpack("<Q", table[-8:])[0] != TABLE_MAGIC:
@@ -126,10 +123,7 @@ def name_from_tf(name):
 
 
 def load_tf(folder, device="cpu", dtype=torch.float32):
-    """Return the GPTModel of a folder with OpenAI's original files: hparams.json, model.ckpt.index, model.ckpt.data-….
-
-    What is missing, damaged or does not fit is a ValueError.
-    """
+    """Return the GPTModel of OpenAI's files: hparams.json, model.ckpt.index, model.ckpt.data-…; else a ValueError."""
     folder, source = Path(folder), Path(folder) / "hparams.json"
     theirs = read_settings(source)
     config = config_from(theirs, TF_CONFIG, source)

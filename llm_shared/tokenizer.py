@@ -71,10 +71,7 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, text, vocab_size, special_tokens=(END_OF_TEXT,)):
-        """Learn merges from text until there are vocab_size tokens, or nothing is left to merge.
-
-        Each step merges the most frequent pair of neighbours; of equally frequent ones, the pair of lowest ids.
-        """
+        """Learn merges until there are vocab_size tokens: each time the most frequent pair, of equals that of lowest ids."""
         if vocab_size < 256 + len(special_tokens):
             raise ValueError(f"vocab_size must be at least 256 bytes + {len(special_tokens)} special tokens")
         counts = Counter(chain.from_iterable(map(split_words, split_special(text, special_tokens)[::2])))

@@ -16,10 +16,7 @@ GPT2_NAMES = {  # a piece of OpenAI's name: the same piece of ours
 
 
 def unpack_int8(weights):
-    """Return weights with each int8 matrix (rows, columns) times its scale (rows, 1); the others as they are.
-
-    An int8 matrix without such a scale, and a scale without its matrix, are a ValueError.
-    """
+    """Return weights with each int8 matrix (rows, columns) times its scale (rows, 1); a widowed one is a ValueError."""
     scales = {name.removesuffix(".scale"): scale for name, scale in weights.items() if name.endswith(".scale")}
     unpacked = {name: weight for name, weight in weights.items() if not name.endswith(".scale")}
     packed = {name: (*weight.shape[:1], 1) for name, weight in unpacked.items() if weight.dtype == torch.int8}
@@ -51,10 +48,7 @@ def tied(weights):
 
 
 def from_gpt2(weights):
-    """Return OpenAI's GPT-2 weights under our names, without their causal masks: the tensors themselves, some turned round.
-
-    Two tensors for one place, a head that is not the embedding, and whole numbers for weights are a ValueError.
-    """
+    """Return OpenAI's GPT-2 weights under our names, without masks, some turned round; what cannot be is a ValueError."""
     ours = []
     for name, weight in weights.items():
         name = name.removeprefix("transformer.")  # transformers writes one
@@ -70,10 +64,7 @@ def from_gpt2(weights):
 
 
 def load_pretrained(name, device="cpu", dtype=torch.float32):
-    """Return the pretrained GPTModel called name, in CONFIGS: "mini" comes with the package, GPT-2 is downloaded once.
-
-    On a CPU, in float32, GPT-2's weights are the mapped file itself. A file that is damaged or does not fit is a ValueError.
-    """
+    """Return the pretrained GPTModel called name: "mini" comes with the package, GPT-2 is downloaded once, and mapped."""
     path = fetch(f"{name}/model.safetensors")
     weights = read_safetensors(path, device)
     weights = unpack_int8(weights) if name == "mini" else from_gpt2(weights)
