@@ -35,7 +35,9 @@ def unpack(archive, folder):
     with open(archive, "rb") as source, replacing(folder) as temporary:
         temporary.mkdir()
         try:
-            names = (extract_zip if zipfile.is_zipfile(archive) else extract_tar)(source, temporary)
+            names = (extract_tar if tarfile.is_tarfile(archive) or not zipfile.is_zipfile(archive) else extract_zip)(
+                source, temporary
+            )
             found = filter(Path.is_file, temporary.rglob("*"))
             if not names or sorted(found) != sorted(temporary / name for name in names):
                 raise ValueError("it holds no file, a name twice, or one that leads out of the folder")

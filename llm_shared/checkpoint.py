@@ -45,6 +45,9 @@ def save_model(folder, model, tokenizer):
         raise ValueError("only gpt2_tokenizer() or a BPETokenizer can be saved: make one with the same merges")
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+    described = Path(folder) / "config.json"
+    if described.is_file() and '"context_length"' not in described.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{folder} holds the model of another program: choose another folder")
     with replacing(folder, MODEL_FILES) as temporary:
         write_safetensors(temporary / "model.safetensors", weights)
         config = asdict(model.config) | {"tokenizer": fingerprint(tokenizer)}
@@ -157,17 +160,25 @@ def load_checkpoint(folder, model, optimizer, settings):
         moments, was, history, states = (run[key] for key in ("optimizer", "settings", "history", "random"))
     except Exception as error:
         raise ValueError(f"{checkpoint / 'run.pt'} is damaged or no run's: {error}".splitlines()[0]) from None
-    changed = [key for key in sorted((was | settings).keys() - FREE) if (was.get(key) or 0) != (settings.get(key) or 0)]
+    both = sorted(was.keys() & settings.keys() - FREE)  # an older version may say less
+    changed = [key for key in both if str(was[key]).removeprefix("torch.") != str(settings[key])]
     if changed:
         made = ", ".join(CAUSES.get(key, f"{key}={{}}").format(was.get(key)) for key in changed)
         raise ValueError(f"the run in {folder} was made with {made}: resume it with the same, or choose another folder")
     weights = load_model(checkpoint)[0].state_dict()
     empty_model(model.config, weights, checkpoint)
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(moments)
-    torch.set_rng_state(states["cpu"])  # of the other devices, those that this machine has
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
-    if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])
-    return history
+    try:
+        optimizer.load_state_dict(moments)
+        for weight, moment in optimizer.state.items():
+            moment["exp_avg"].view_as(weight).add(moment["exp_avg_sq"].view_as(weight))  # else AdamW reads elsewhere
+        torch.set_rng_state(states["cpu"])  # of the other devices, those that this machine has
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+        if "mps" in states and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(states["mps"])
+        model.load_state_dict(weights)
+        if history[-1]["step"] < 1:
+            raise ValueError("it has made no step")
+        return history
+    except Exception as error:
+        raise ValueError(f"{checkpoint / 'run.pt'} is damaged: {error}".splitlines()[0]) from None

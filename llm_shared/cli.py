@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 ADVICE = {  # what the name or the text of an error holds: what the reader can do
     "MemoryError|out of memory|allocate memory|not enough memory|ALLOC_FAILED|size calculation overflowed": (
-        "there is not enough memory: try a smaller --batch-size, --context-length or --model"
+        "there is not enough memory: try a smaller --batch-size, --context-length, --max-new-tokens or --model"
     ),
     r"C\+\+ compil|working triton": "--compile found no compiler that works: install one, such as g++, or leave it out",
 }
@@ -29,7 +29,7 @@ def number(kind, allowed, words):
     return parse
 
 
-positive_int = number(int, lambda n: 1 <= n < 2**63, "a whole number of at least 1")
+positive_int = number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2,147,483,647")
 natural = number(int, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
 positive_float = number(float, lambda x: 0 < x < math.inf, "a number above 0")
 non_negative = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
@@ -40,7 +40,7 @@ def run(main, *args, **options):
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")  # Vietnamese, on any console
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which cleans up

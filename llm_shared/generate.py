@@ -24,14 +24,14 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
         raise FloatingPointError("the model's logits are no numbers any more: its weights are damaged or diverged")
     if temperature < 1e-6 or top_k == 1:
         return top.indices
-    logits = (logits.float() - top.values[:, None]) / temperature  # (B, vocab_size), the likeliest at 0
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
+        kept, places = logits.topk(min(top_k, logits.shape[-1]))  # (B, top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, places, kept)
+    logits = (logits.float() - top.values[:, None]) / temperature  # (B, vocab_size), the likeliest at 0
+    if top_p is not None and top_p < 1:
         ordered, places = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
-        enough = probs.cumsum(dim=-1) - probs >= top_p  # those before it suffice
+        enough = probs.cumsum(dim=-1) - probs >= max(top_p, 1e-9)  # those before it suffice
         logits = logits.scatter(1, places, ordered.masked_fill(enough, -torch.inf))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 

@@ -102,7 +102,7 @@ def load_gguf(file, device="cpu", dtype=torch.float32):
     if fields.get("general.architecture") != "gpt2":
         raise ValueError(f"{file} holds the architecture {fields.get('general.architecture')!r}, not gpt2")
     try:
-        tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
+        tokens, merges = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.merges", [])
         numbered = [*(VISIBLE[byte] for byte in BYTES), *(merge.replace(" ", "") for merge in merges)]
         if tokens[: len(numbered)] != numbered:
             raise ValueError("its tokens are numbered otherwise")

@@ -93,6 +93,8 @@ def evaluate(model, loader, loss_fn=next_token_loss, batches=None, dtype=torch.f
             total += loss_fn(model, *batch).item()
             count += count_targets(batch[-1])
     model.train(was_training)
+    if not count:
+        raise ValueError("there is no target to evaluate on")
     return total / count
 
 

@@ -109,7 +109,7 @@ def pretrain(settings, out, schedule=None, device="auto", resume=False, **shape)
         entropy, val_loss = unigram_entropy(tokens), history[-1]["val_loss"]
         parts = (tokens[i : i + BLOCK].tolist() for i in range(n_train, len(tokens), BLOCK))
         bits = bits_per_byte(val_loss, n_val, sum(len(tokenizer.decode_bytes(part)) for part in parts))
-        perplexity = math.exp(val_loss)
+        perplexity = math.exp(min(val_loss, 700))
         print(f"\nvalidation loss {val_loss:.3f} nats per token, perplexity {perplexity:.1f}, {bits:.3f} bits per byte")
         print(f"to compare: without any context, at best {entropy:.3f} nats per token (unigram entropy)")
         print(f"\n{write_sample(model, tokenizer, prompt, 80, settings.seed)}\n")

@@ -36,7 +36,9 @@ def fetch(name):
     if not path.is_file():
         if os.environ.get("LLM_OFFLINE") == "1":
             raise OSError(f"{path} is missing and LLM_OFFLINE=1 forbids the download: unset it, or copy the file there")
-        mirror = os.environ.get("HF_ENDPOINT", SITE)  # the variable that sends transformers, too, to a mirror
+        mirror = os.environ.get("HF_ENDPOINT", SITE).rstrip(
+            "/"
+        )  # the variable that sends transformers, too, to a mirror
         download([url.replace(SITE, mirror), url], sha256, path)
     verify(path, sha256)
     return path
@@ -60,6 +62,8 @@ def replacing(path, ours=()):
     A folder is replaced if it holds the names `ours` and no others; else it is a ValueError.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is no file or folder that can be replaced")
     if path.is_dir() and (others := sorted(set(os.listdir(path)) - set(ours))):
         raise ValueError(f"{path} holds other files than those to replace, as {others[0]}: choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,9 +100,9 @@ def clear(workshop):
 def remove_leftovers(folder, name):
     """Remove the workshops in which processes that have died were replacing a name; name: a regular expression."""
     for workshop in Path(folder).glob("*.tmp"):
-        ours = re.fullmatch(rf"{name}\.[0-9a-f]+\.tmp", workshop.name)
+        ours = re.fullmatch(rf"{name}\.[0-9a-f]{{16}}\.tmp", workshop.name)
         with suppress(OSError):  # somebody is at work there
-            if ours and time.time() - workshop.stat().st_mtime > YOUNG:
+            if ours and (any(workshop.glob("old/*")) or time.time() - workshop.stat().st_mtime > YOUNG):
                 with locked(workshop):
                     pass
                 clear(workshop)

@@ -174,10 +174,12 @@ class BPETokenizer:
             if left == "#special:":
                 special_tokens = json.loads(right)
                 continue
-            if left not in ids or right not in ids:
-                raise ValueError(f"{path}, line {number}: {line!r} does not merge two known tokens")
+            if left not in ids or right not in ids or left + right in ids:
+                raise ValueError(f"{path}, line {number}: {line!r:.80} does not merge two known tokens into a new one")
             merges.append((ids[left], ids[right]))
             ids[left + right] = len(ids)
+        if not isinstance(special_tokens, list) or not all(isinstance(token, str) for token in special_tokens):
+            raise ValueError(f"{path}: {special_tokens!r:.80} is no list of special tokens")
         return cls(merges, special_tokens)
 
 

@@ -374,3 +374,42 @@ def test_killed_and_resumed_equals_uninterrupted(small_run):
     assert resumed_history == history
     for name in weights:
         assert torch.equal(weights[name], resumed_weights[name]), name
+
+
+def test_the_model_of_another_program_stays(tmp_path):
+    (tmp_path / "hf").mkdir()
+    for name, content in {"config.json": '{"model_type": "llama"}', "model.safetensors": "foreign"}.items():
+        (tmp_path / "hf" / name).write_text(content)
+    with pytest.raises(ValueError, match="holds the model of another program: choose another folder"):
+        save_model(tmp_path / "hf", GPTModel(CONFIG), TOKENIZER)
+    assert (tmp_path / "hf" / "model.safetensors").read_text() == "foreign"
+
+
+def swap_moments(run):
+    states = run["optimizer"]["state"]
+    states[0], states[3] = states[3], states[0]
+
+
+DAMAGES = [
+    swap_moments,  # else fused AdamW reads beyond a tensor's end
+    lambda run: run.update(optimizer={}),
+    lambda run: run.update(random={}),
+    lambda run: run.update(random={"cpu": torch.zeros(3)}),
+    lambda run: run.update(history=[]),
+    lambda run: run.update(history=None),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_part_of_a_run_is_checked(run_state, damage):
+    model, optimizer, out = run_state
+    save(model, optimizer, out, 5)
+    path = newest_checkpoint(out) / "run.pt"
+    run = torch.load(path, weights_only=True)
+    damage(run)
+    torch.save(run, path)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"run\.pt is damaged") as caught:
+        load_checkpoint(out, model, optimizer, {"lr": 1})
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

@@ -261,7 +261,7 @@ def test_what_makes_writing_repeatable(seed, new):
     assert len(results(lambda: {"temperature": 3.0, "generator": shared})) > 1
     tie = torch.tensor([[1.0, 5.0, 5.0, 5.0]]).expand(200, -1)
     assert len(sample(tie).unique()) == 1 == len(sample(tie, temperature=1.0, top_k=1).unique())
-    assert sample(tie, temperature=1.0, top_k=2).unique().tolist() == [1, 2, 3]
+    assert len(sample(tie, temperature=1.0, top_k=2).unique()) == 2
 
 
 @pytest.mark.parametrize("text", ["Ngày mai trời nắng ấm", "Đường đến trường rợp bóng phượng đỏ"])

@@ -136,6 +136,18 @@ def test_top_k_of_one_is_greedy_even_among_equals():
     assert drawn == {sample(logits).item()}
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1e9, 1e39, 1e300])
+@pytest.mark.parametrize("logits", [torch.zeros(300), torch.arange(300.0), torch.tensor([5.0] * 7 + [1.0] * 293)])
+def test_top_k_keeps_k_even_among_equals_and_in_great_heat(temperature, logits):
+    drawn = sample(logits.repeat(200, 1), temperature=temperature, top_k=2).unique()
+    assert len(drawn) == 2 and logits[drawn].min() == logits.topk(2).values[-1]
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 1e-12])
+def test_a_tiny_top_p_leaves_the_likeliest(top_p):
+    assert sample(torch.randn(50, 300), temperature=1.0, top_p=top_p).shape == (50,)
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-7, 1e-5, 1e-3])
 def test_a_tiny_temperature_is_greedy(temperature):
     logits = torch.tensor([[1000.0, 1001.0, -torch.inf, 999.0]])

@@ -232,3 +232,19 @@ def test_every_download_is_pinned():
     for url, sha256 in DOWNLOADS.values():
         assert url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", sha256)
     assert len({download.sha256 for download in DOWNLOADS.values()}) == len(DOWNLOADS)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes with names")
+def test_only_files_and_folders_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is no file or folder that can be replaced"):
+        write_safetensors(tmp_path / "pipe", {"w": torch.zeros(1)})
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_readers_own_tmp_folders_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "YOUNG", -1)
+    for name in ("out.1.tmp", "out.2024.tmp", "out.bad.tmp"):
+        (tmp_path / name).mkdir()
+    write_safetensors(tmp_path / "out", {"w": torch.zeros(1)})
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.1.tmp", "out.2024.tmp", "out.bad.tmp"]

@@ -340,3 +340,17 @@ def test_ids_may_come_in_any_form(ours, given_as):
 def test_line_ends_of_windows_change_no_merge(tmp_path, ours):
     (tmp_path / "crlf.bpe").write_bytes(fetch("gpt2/vocab.bpe").read_bytes().replace(b"\n", b"\r\n"))
     assert BPETokenizer.load(tmp_path / "crlf.bpe").merges == ours.merges
+
+
+@pytest.mark.parametrize("special", ["5", "[1]", "null", '{"a": 1}', '"text"'])
+def test_special_tokens_of_another_kind(tmp_path, special):
+    (tmp_path / "odd.bpe").write_text(f"#version: 0.2\n#special: {special}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"odd\.bpe: .* is no list of special tokens"):
+        BPETokenizer.load(tmp_path / "odd.bpe")
+
+
+def test_two_merges_of_one_text_are_refused(tmp_path):
+    """Their ids would be counted once, so that all later ones would shift."""
+    (tmp_path / "twice.bpe").write_text("#version: 0.2\na b\nb c\nab c\na bc\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 5: 'a bc' does not merge two known tokens into a new one"):
+        BPETokenizer.load(tmp_path / "twice.bpe")

@@ -5,6 +5,7 @@ import argparse
 from llm_shared.cli import natural, non_negative, number, positive_int, run
 from llm_shared.generate import stream, stream_text
 from llm_shared.hardware import pick_device, pick_dtype
+from llm_shared.tokenizer import check_text
 from llm_shared.weights import open_model
 
 import torch
@@ -31,7 +32,7 @@ def main():
     model, tokenizer = open_model(args.checkpoint, device, pick_dtype(args.dtype, device))
     steps = stream(
         model,
-        [tokenizer.encode_ordinary(args.prompt)],
+        [tokenizer.encode_ordinary(check_text(args.prompt))],
         args.max_new_tokens,
         eot_id=tokenizer.eot_token,
         generator=torch.Generator(device).manual_seed(args.seed),

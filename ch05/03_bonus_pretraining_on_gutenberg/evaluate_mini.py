@@ -47,7 +47,7 @@ def main():
         model, tokenizer = open_model(args.model, device)
     loss, bits, n_tokens = measure(model, tokenizer, args.text)
     print(f"{args.model} on {n_tokens:,} tokens of {Path(args.text).name}:")
-    print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {bits:.3f} bits per byte")
+    print(f"loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits per byte")
 
 
 if __name__ == "__main__":

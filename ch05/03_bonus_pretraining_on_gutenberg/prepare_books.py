@@ -28,6 +28,7 @@ def read_book(path):
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is a damaged archive ({error}): get it again") from None
+    text = re.sub(r"\n\s*\n", "\n\n", text)  # else many blank lines would be searched again and again
     text = re.sub(rf"(?si)\A.*?{START}", "", text)
     text = re.sub(rf"(?si){STOP}.*?(?:{START}|\Z)", "\n\n", text)  # another book may follow in the same file
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
