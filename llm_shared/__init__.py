@@ -2,9 +2,8 @@
 
 import os
 
-# How OpenMP's threads wait for each other: they spin for some 15 µs, then sleep. By default they spin for so long that
-# beside any busy program half of the time is lost (python tests/bench/busy.py). It counts only before torch is imported:
-# everywhere in this repository llm_shared is imported first. What the reader has set stays.
+# How OpenMP's threads wait: they spin for some 15 µs, then sleep (python tests/bench/busy.py). It counts only if torch is
+# imported later, so llm_shared is imported first everywhere. What the reader has set stays.
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 if WAITING.keys().isdisjoint(os.environ):
     os.environ.update(WAITING)

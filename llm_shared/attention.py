@@ -1,7 +1,6 @@
 """ch03 · Causal multi-head attention and its key-value cache."""
 
 from llm_shared.linear import Linear
-
 import torch
 import torch.nn.functional as F
 from torch import nn

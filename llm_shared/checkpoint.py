@@ -10,7 +10,6 @@ from pathlib import Path
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.resources import remove_leftovers, replacing, write_safetensors
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
-
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -36,10 +35,7 @@ def fingerprint(tokenizer):
 
 
 def save_model(folder, model, tokenizer):
-    """Write config.json, model.safetensors and, unless the tokenizer is GPT-2's, tokenizer.bpe: all of it, or nothing.
-
-    A folder with other files, a tokenizer that does not fit, and LoRA's or torch.compile's weights are a ValueError.
-    """
+    """Write config.json, model.safetensors and, but for GPT-2, tokenizer.bpe: all or nothing; misfits are a ValueError."""
     weights = own_weights(model)
     if not isinstance(tokenizer, BPETokenizer) and tokenizer is not gpt2_tokenizer():
         raise ValueError("only gpt2_tokenizer() or a BPETokenizer can be saved: make one with the same merges")

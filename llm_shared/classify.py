@@ -12,7 +12,6 @@ from llm_shared.gpt import GPTConfig
 from llm_shared.loss import autocast
 from llm_shared.resources import fetch, write_safetensors
 from llm_shared.training import make_optimizer, train
-
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -25,10 +24,7 @@ LONGEST = 1000
 
 
 def read_messages(source="bundled"):
-    """Return a DataFrame of distinct messages, columns text and label (1: spam, 0: not); print what is left out.
-
-    source: "bundled", "uci" (downloaded once), or a CSV file with these columns and both labels, else a ValueError.
-    """
+    """Return a DataFrame of distinct messages, text and label (1: spam), of "bundled", "uci" or a CSV file; else ValueError."""
     import pandas as pd
 
     exact = {"dtype": str, "keep_default_na": False}  # a message may be NA, or 123

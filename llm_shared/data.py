@@ -4,7 +4,6 @@ from itertools import chain
 from pathlib import Path
 
 from llm_shared.resources import replacing
-
 import numpy as np
 import regex
 import torch

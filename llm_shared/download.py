@@ -12,11 +12,7 @@ BUSY = (408, 425, 429)  # refusals below 500 after which another try makes sense
 
 
 def download(urls, sha256, path):
-    """Write the file at the addresses urls to path, verified by sha256; what came of it waits beside it, as .part.
-
-    A connection that dies, stalls or is put off is taken up again where it stopped, at the next address. Of two
-    processes, one waits for the other. What cannot be had, or has another content everywhere, is an OSError.
-    """
+    """Write the file that one of urls has to path: resumed, verified by sha256, whole or not at all; else an OSError."""
     import filelock
     import requests
 

@@ -40,9 +40,8 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
 def stream(model, prompts, max_new_tokens, eot_id=None, use_cache=True, generator=None, **sampling):
     """Yield, step by step, the new id of each prompt, or None for one that has reached eot_id.
 
-    prompts: lists of ids, of any lengths; an empty one starts from eot_id. The model sees the last context_length
-    tokens at most. Past that length every position shifts by one at each step, so nothing cached stays true and
-    the whole window is computed anew. sampling: as for `sample`. Ids that the model does not have are a ValueError.
+    prompts: lists of ids, of any lengths; an empty one starts from eot_id. Past context_length every position shifts at
+    each step, so the whole window is computed anew. sampling: as for `sample`. Foreign ids are a ValueError.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")

@@ -7,7 +7,6 @@ from llm_shared.hf_format import bpe_of, check_settings, config_from, visible_to
 from llm_shared.resources import replacing
 from llm_shared.tokenizer import BYTES, VISIBLE, BPETokenizer
 from llm_shared.weights import tied, unique
-
 import numpy as np
 import torch
 

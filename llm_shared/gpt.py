@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
 from llm_shared.linear import Linear, linear
-
 import torch
 import torch.nn.functional as F
 from torch import nn

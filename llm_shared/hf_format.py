@@ -10,7 +10,6 @@ from llm_shared.gpt import GPTConfig
 from llm_shared.resources import fetch, replacing, write_safetensors
 from llm_shared.tokenizer import END_OF_TEXT, VISIBLE, BPETokenizer, gpt2_tokenizer
 from llm_shared.weights import GPT2_NAMES, from_gpt2, transposed_in_gpt2, unique
-
 import torch
 
 HF_CONFIG = {  # transformers' name: ours

@@ -1,7 +1,6 @@
 """setup · The linear layer: nn.Linear's numbers, faster where decoding spends its time and this processor gains by it."""
 
 from llm_shared.hardware import processor_kind
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -6,7 +6,6 @@ import warnings
 
 from llm_shared.checkpoint import read_safetensors
 from llm_shared.resources import write_safetensors
-
 import torch
 from safetensors import safe_open
 from torch import nn

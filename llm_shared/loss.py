@@ -11,16 +11,13 @@ CHUNK = 512  # positions whose logits exist at one time
 
 
 def cross_entropies(rows, weight, target):
-    """Return the cross-entropy of each row, nats (chunk, 1), and the probabilities (chunk, vocab_size) for its gradient.
-
-    Where the number type cannot hold the target's p, the likeliest token helps out: log Σ exp = its logit - log its p.
-    """
+    """Return each row's cross-entropy, nats (chunk, 1), and the probabilities (chunk, vocab_size) for its gradient."""
     logits = rows @ weight.T  # (chunk, vocab_size)
     probs = logits.softmax(dim=-1, dtype=logits.dtype)  # else a GPU's autocast makes it float32
     p = probs.gather(1, target).float()
     losses = -p.log()
     lost = p < max(torch.finfo(dtype).tiny for dtype in (torch.float32, probs.dtype))
-    if lost.any():
+    if lost.any():  # then from the likeliest token, whose p is not: log Σ exp = its logit - log of its p
         log_sum = logits.amax(1, keepdim=True).float() - probs.amax(1, keepdim=True).float().log()
         losses = torch.where(lost, log_sum - logits.gather(1, target).float(), losses)
     return losses, probs
@@ -29,9 +26,8 @@ def cross_entropies(rows, weight, target):
 class HeadCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of hidden @ weight.T, in nats, without ever holding the logits of the whole batch.
 
-    hidden (N, n_embd), weight (vocab_size, n_embd), targets (N) → scalar. The logits of GPT-2's 50,257 tokens
-    are the largest thing a small model computes. Here each chunk of them is used at once: the gradient of
-    cross-entropy, softmax(logits) - one_hot(target), needs nothing that comes later.
+    hidden (N, n_embd), weight (vocab_size, n_embd), targets (N) → scalar. Each chunk of logits is used at once: the
+    gradient of cross-entropy, softmax(logits) - one_hot(target), needs nothing that comes later.
     """
 
     @staticmethod

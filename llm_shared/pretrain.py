@@ -15,7 +15,6 @@ from llm_shared.loss import bits_per_byte, next_token_loss, unigram_entropy
 from llm_shared.resources import fetch, locked, replacing
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
-
 import torch
 from tqdm import tqdm
 

@@ -22,11 +22,7 @@ DOWNLOADS = {name: Download(**pinned) for name, pinned in PINNED.items()}
 
 
 def fetch(name):
-    """Return the path of the file called name: bundled with the package, else cached, else downloaded; verified.
-
-    With LLM_OFFLINE=1 nothing is downloaded. A name that nobody knows, or another file of that name in the cache, is
-    a ValueError, a failed download an OSError.
-    """
+    """Return the path of a file: bundled, cached, or downloaded unless LLM_OFFLINE=1; another name is a ValueError."""
     bundled = {path.relative_to(ASSETS).as_posix(): path for path in ASSETS.rglob("*.*") if path.suffix != ".md"}
     if name in bundled:
         return bundled[name]

@@ -8,7 +8,6 @@ from pathlib import Path
 from llm_shared.checkpoint import build_model
 from llm_shared.hf_format import check_settings, config_from, read_settings
 from llm_shared.weights import from_gpt2, unique
-
 import numpy as np
 import torch
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from llm_shared.resources import fetch, replacing
 from llm_shared.symbols import BYTES, LONG_WORD, VISIBLE, Memo, merge_places, to_symbols
-
 import regex
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

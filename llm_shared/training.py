@@ -5,7 +5,6 @@ import time
 
 from llm_shared.cli import progress
 from llm_shared.loss import autocast, count_targets, evaluate, next_token_loss
-
 import torch
 from torch.nn.utils import clip_grad_norm_
 
@@ -37,10 +36,9 @@ def train(
 ):  # fmt: skip
     """Train model up to step `steps` and return its history, a list of {step, train_loss, val_loss}.
 
-    A batch is a tuple of tensors whose last one is the targets; loss_fn(model, *batch) → summed loss. Each step takes
-    `accumulate` batches as if they were one. schedule: step → learning rate. Every eval_every steps, and at the
-    end, the losses (nats per target) join the history and on_eval(history) is called. A history with entries says
-    where to go on from. A loss that is no number any more is a FloatingPointError.
+    A batch is a tuple of tensors, the last one the targets; loss_fn(model, *batch) → summed loss. A step takes `accumulate`
+    batches as one. schedule: step → learning rate. Every eval_every steps, and last, the losses (nats per target) join
+    the history, which says where to go on from, for on_eval(history). A loss that is no number is a FloatingPointError.
     """
     device = next(model.parameters()).device
     history = list(history or [])

@@ -6,7 +6,6 @@ from llm_shared.checkpoint import build_model, load_model, read_safetensors
 from llm_shared.gpt import CONFIGS
 from llm_shared.resources import fetch
 from llm_shared.tokenizer import gpt2_tokenizer
-
 import torch
 
 GPT2_NAMES = {  # a piece of OpenAI's name: the same piece of ours

@@ -5,7 +5,6 @@ import sys
 from llm_shared.checkpoint import save_model
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import gpt2_tokenizer
-
 import pytest
 import torch
 from samples import ROOT

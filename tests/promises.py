@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import llm_shared
-
 from samples import ROOT
 
 MAIN_NOTEBOOKS = {

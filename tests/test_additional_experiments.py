@@ -11,7 +11,6 @@ from llm_shared.lora import LoRALinear
 from llm_shared.loss import count_targets
 from llm_shared.results import with_results
 from llm_shared.tokenizer import gpt2_tokenizer
-
 import pandas as pd
 import pytest
 import torch

@@ -7,7 +7,6 @@ import tarfile
 import zipfile
 
 from llm_shared.archive import unpack
-
 import pytest
 
 KINDS = ["a.zip", "a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"]

@@ -1,5 +1,4 @@
 from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
-
 import pytest
 import torch
 

@@ -3,7 +3,6 @@
 import sys
 
 from llm_shared.results import with_results
-
 import pytest
 from samples import ROOT
 

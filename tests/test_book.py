@@ -7,7 +7,6 @@ import sys
 from pathlib import PurePath
 
 import llm_shared
-
 import pytest
 from promises import (
     BONUS_NOTEBOOKS,

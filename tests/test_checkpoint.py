@@ -14,7 +14,6 @@ from llm_shared.checkpoint import load_checkpoint, load_model, newest_checkpoint
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer
-
 import numpy as np
 import pytest
 import tiktoken

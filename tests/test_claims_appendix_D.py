@@ -10,7 +10,6 @@ from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.loss import IGNORED, count_targets, next_token_loss
 from llm_shared.schedule import warmup_cosine
 from llm_shared.training import endless, make_optimizer, train
-
 import numpy as np
 import pytest
 import torch

@@ -19,7 +19,6 @@ from llm_shared.loss import next_token_loss
 from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.training import endless, make_optimizer
 from llm_shared.weights import load_pretrained
-
 import pytest
 import torch
 from samples import ROOT

@@ -7,7 +7,6 @@ from itertools import pairwise
 from llm_shared.data import TokenWindows, create_dataloader
 from llm_shared.resources import fetch
 from llm_shared.tokenizer import BYTES, BPETokenizer, gpt2_tokenizer, split_words
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,6 @@
 """What chapter 3 claims from one seed and one sentence, with other seeds and other lengths."""
 
 from llm_shared.attention import KVCache, MultiHeadAttention, causal_mask
-
 import pytest
 import torch
 import torch.nn.functional as F

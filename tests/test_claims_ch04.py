@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from llm_shared.gpt import GELU, FeedForward, GPTConfig, GPTModel, LayerNorm
 from llm_shared.linear import Linear
-
 import pytest
 import torch
 import torch.nn.functional as F

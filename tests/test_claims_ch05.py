@@ -10,7 +10,6 @@ from llm_shared.loss import HeadCrossEntropy, bits_per_byte, evaluate, next_toke
 from llm_shared.tokenizer import BPETokenizer
 from llm_shared.training import endless, make_optimizer, train
 from llm_shared.weights import GPT2_NAMES, from_gpt2, unpack_int8
-
 import numpy as np
 import pytest
 import torch

@@ -25,7 +25,6 @@ from llm_shared.loss import evaluate
 from llm_shared.resources import fetch
 from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.weights import load_pretrained
-
 import pandas as pd
 import pytest
 import torch

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from llm_shared.classify import GPTClassifier, load_classifier, save_classifier
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.lora import add_lora, unwrap_lora
-
 import pytest
 import torch
 from safetensors.torch import save_file

@@ -26,7 +26,6 @@ from llm_shared.download import hash_file
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
-
 import pandas as pd
 import pytest
 import torch

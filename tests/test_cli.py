@@ -6,7 +6,6 @@ from llm_shared.cli import progress
 from llm_shared.data import create_dataloader
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.training import make_optimizer, train
-
 import pytest
 import torch
 from tqdm import tqdm

@@ -4,7 +4,6 @@ import llm_shared.data
 from llm_shared.data import EpochOrder, TokenWindows, create_dataloader, load_tokens, read_blocks, write_tokens
 from llm_shared.resources import fetch
 from llm_shared.tokenizer import END_OF_TEXT, BPETokenizer, gpt2_tokenizer
-
 import numpy as np
 import pytest
 import torch

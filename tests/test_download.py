@@ -16,7 +16,6 @@ from llm_shared import download as module
 from llm_shared import resources
 from llm_shared.download import download
 from llm_shared.resources import Download, fetch
-
 import pytest
 from samples import ROOT
 

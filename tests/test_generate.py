@@ -1,7 +1,6 @@
 from llm_shared.generate import generate, sample, stream, stream_text
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
-
 import pytest
 import torch
 

@@ -14,7 +14,6 @@ from llm_shared.gguf_format import export_gguf, load_gguf, read_gguf
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.weights import load_pretrained
-
 import gguf
 import numpy as np
 import pytest

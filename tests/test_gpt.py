@@ -2,7 +2,6 @@ from dataclasses import replace
 
 from llm_shared.gpt import CONFIGS, GELU, FeedForward, GPTConfig, GPTModel, LayerNorm, TransformerBlock
 from llm_shared.loss import next_token_loss
-
 import pytest
 import torch
 import torch.nn.functional as F

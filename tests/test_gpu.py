@@ -6,7 +6,6 @@ from llm_shared.generate import generate
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.loss import HeadCrossEntropy, autocast, evaluate, next_token_loss
 from llm_shared.training import make_optimizer, train
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

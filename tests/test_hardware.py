@@ -2,7 +2,6 @@ import subprocess
 import sys
 
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
-
 import pytest
 import torch
 

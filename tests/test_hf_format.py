@@ -12,7 +12,6 @@ from llm_shared.lora import add_lora
 from llm_shared.resources import fetch
 from llm_shared.tokenizer import GPT2_PATTERN, BPETokenizer, gpt2_tokenizer
 from llm_shared.weights import load_pretrained
-
 import pytest
 import tiktoken
 import torch

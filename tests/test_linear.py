@@ -1,6 +1,5 @@
 import llm_shared.linear
 from llm_shared.linear import Linear, linear, way
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -13,7 +13,6 @@ from llm_shared.hf_format import export_hf, load_hf
 from llm_shared.lora import LoRALinear, adapter, add_lora, load_adapter, merge_lora, save_adapter, unwrap_lora
 from llm_shared.tokenizer import BPETokenizer
 from llm_shared.weights import load_pretrained
-
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model

@@ -12,7 +12,6 @@ from llm_shared.loss import (
     next_token_loss,
     unigram_entropy,
 )
-
 import numpy as np
 import pytest
 import torch

@@ -9,7 +9,6 @@ import time
 from llm_shared import resources
 from llm_shared.gpt import CONFIGS
 from llm_shared.resources import ASSETS, DOWNLOADS, fetch, locked, replacing, write_safetensors
-
 import pytest
 import torch
 from samples import ROOT

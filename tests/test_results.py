@@ -1,5 +1,4 @@
 from llm_shared.results import END, START, with_results, write_results
-
 import pytest
 
 PAGE = f"before\n\n{START}\n\nold\n\n{END}\n\nafter\n"

@@ -2,7 +2,6 @@ import math
 import warnings
 
 from llm_shared.schedule import warmup_cosine
-
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup

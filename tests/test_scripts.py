@@ -19,7 +19,6 @@ from llm_shared.pretrain import PretrainSettings, pretrain
 from llm_shared.resources import locked
 from llm_shared.schedule import warmup_cosine
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
-
 import numpy as np
 import pytest
 import torch

@@ -13,7 +13,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from llm_shared import resources
 from llm_shared.resources import Download
 from llm_shared.results import with_results
-
 import pytest
 import torch
 from samples import ROOT, one_line

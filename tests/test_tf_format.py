@@ -10,7 +10,6 @@ from dataclasses import replace
 from llm_shared import tf_format
 from llm_shared.gpt import GPTConfig
 from llm_shared.tf_format import load_tf, name_from_tf, read_message, read_tf_checkpoint, read_varint
-
 import google_crc32c
 import numpy as np
 import pytest

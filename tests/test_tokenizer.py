@@ -22,7 +22,6 @@ from llm_shared.tokenizer import (
     split_special,
     split_words,
 )
-
 import numpy as np
 import pytest
 import regex

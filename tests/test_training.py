@@ -5,7 +5,6 @@ from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.loss import next_token_loss
 from llm_shared.schedule import warmup_cosine
 from llm_shared.training import endless, make_optimizer, train
-
 import numpy as np
 import pytest
 import torch

@@ -16,7 +16,6 @@ from llm_shared.results import with_results
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer
 from llm_shared.weights import load_pretrained, unique, unpack_int8
-
 import pytest
 import torch
 from parity import hf_model

@@ -6,7 +6,6 @@ from llm_shared.cli import natural, run
 from llm_shared.generate import generate
 from llm_shared.gpt import CONFIGS, GPTModel
 from llm_shared.tokenizer import gpt2_tokenizer
-
 import torch
 
 

@@ -7,7 +7,6 @@ from llm_shared.generate import stream, stream_text
 from llm_shared.hardware import pick_device, pick_dtype
 from llm_shared.tokenizer import check_text
 from llm_shared.weights import open_model
-
 import torch
 
 

@@ -18,7 +18,6 @@ from llm_shared.results import write_results
 from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.training import make_optimizer, train
 from llm_shared.weights import load_pretrained
-
 import torch
 from evaluate_mini import measure
 from prepare_books import read_book

@@ -12,7 +12,6 @@ from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.loss import bits_per_byte, evaluate
 from llm_shared.tokenizer import gpt2_tokenizer
 from llm_shared.weights import open_model
-
 import numpy as np
 
 

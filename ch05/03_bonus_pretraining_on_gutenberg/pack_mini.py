@@ -9,7 +9,6 @@ from llm_shared.cli import run
 from llm_shared.gpt import CONFIGS
 from llm_shared.resources import write_safetensors
 from llm_shared.tokenizer import gpt2_tokenizer
-
 import torch
 
 

@@ -16,7 +16,6 @@ from llm_shared.cli import positive_float, positive_int, run
 from llm_shared.hardware import keep_freed_memory, pick_device, pick_dtype
 from llm_shared.schedule import warmup_cosine
 from llm_shared.weights import open_model
-
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression

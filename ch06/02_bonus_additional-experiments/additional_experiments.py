@@ -32,7 +32,6 @@ from llm_shared.results import write_results
 from llm_shared.schedule import warmup_cosine
 from llm_shared.training import make_optimizer, train
 from llm_shared.weights import open_model
-
 import torch
 
 RESULTS = Path(__file__).with_name("results.json")

@@ -15,7 +15,6 @@ from llm_shared.hardware import pick_dtype
 from llm_shared.schedule import warmup_cosine
 from llm_shared.training import make_optimizer, train
 from llm_shared.weights import open_model
-
 import torch
 from torch import nn
 

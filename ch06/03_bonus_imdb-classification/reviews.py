@@ -9,7 +9,6 @@ from pathlib import Path
 
 from llm_shared.classify import split
 from llm_shared.resources import DOWNLOADS, Download, fetch
-
 import pandas as pd
 
 SNIPPETS = Path(__file__).with_name("snippets.tsv.gz")

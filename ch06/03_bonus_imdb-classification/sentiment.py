@@ -15,7 +15,6 @@ from llm_shared.cli import positive_float, positive_int, run
 from llm_shared.hardware import keep_freed_memory, pick_device
 from llm_shared.resources import replacing
 from llm_shared.results import write_results
-
 import torch
 from models import fine_tune, fit_words
 from reviews import READERS

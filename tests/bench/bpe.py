@@ -9,7 +9,6 @@ from pathlib import Path
 
 from llm_shared.resources import fetch
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
-
 import tiktoken
 from harness import record
 from tiktoken_ext import openai_public

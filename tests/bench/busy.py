@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 from llm_shared import WAITING
-
 from harness import Contender, race, record
 
 if __name__ == "__main__":

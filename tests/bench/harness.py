@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from llm_shared import WAITING
 from llm_shared.hardware import processor_kind
-
 import torch
 
 RESULTS = Path(__file__).parent / "results"

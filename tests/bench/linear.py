@@ -6,7 +6,6 @@ import time
 
 from llm_shared.hardware import processor_kind
 from llm_shared.linear import way
-
 import torch
 import torch.nn.functional as F
 

@@ -8,7 +8,6 @@ import sys
 import tempfile
 
 from llm_shared.gpt import CONFIGS
-
 import torch
 from harness import record
 from models import transformers_model

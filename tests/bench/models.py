@@ -4,7 +4,6 @@ from llm_shared.generate import generate
 from llm_shared.gpt import CONFIGS, GPTModel
 from llm_shared.loss import autocast, next_token_loss
 from llm_shared.training import make_optimizer
-
 import torch
 import torch.nn.functional as F
 from harness import TYPES

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from llm_shared.results import write_results
-
 from harness import RESULTS, lead, table
 
 HEADS = ("| ours / fastest peer |", "| ta / đối thủ nhanh nhất |")

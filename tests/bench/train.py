@@ -4,7 +4,6 @@ import argparse
 
 from llm_shared import WAITING
 from llm_shared.gpt import CONFIGS, GPTModel
-
 import torch
 from harness import Contender, race, record
 from models import BATCH
