@@ -2,8 +2,7 @@
 
 import os
 
-# How OpenMP's threads wait: they spin for some 15 µs, then sleep (python tests/bench/busy.py). It counts only if torch is
-# imported later, so llm_shared is imported first everywhere. What the reader has set stays.
+# OpenMP's threads spin for some 15 µs, then sleep (tests/bench/busy.py); it counts only if torch is imported after this.
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 if WAITING.keys().isdisjoint(os.environ):
     os.environ.update(WAITING)

@@ -46,7 +46,8 @@ def read_messages(source="bundled"):
     labels = kept.label.str.strip().str.lower().map(LABELS)
     wrong = labels.isna() | (labels.groupby(kept.text).transform("nunique") > 1)
     if wrong.any():
-        raise ValueError(f"{source}, row {wrong.idxmax() + 2}: label it 0 or 1, and the same text always the same")
+        row = wrong.idxmax()
+        raise ValueError(f"{source}, row {row + 2}: {table.label[row]!r}; write 0 or 1, for the same text the same")
     if set(labels) != {0, 1}:
         raise ValueError(f"{source}: labels must be 0 and 1, and both occur; there are {sorted(set(labels))}")
     return kept.assign(label=labels)[["text", "label"]].drop_duplicates(ignore_index=True)

@@ -9,9 +9,8 @@ import torch
 def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
     """Draw the next token of each row: logits (B, vocab_size) → ids (B).
 
-    Temperature 0 takes the likeliest. top_k keeps the k likeliest (all, if k is above the vocabulary); top_p keeps
-    the fewest likeliest that together reach p (Holtzman et al. 2020); the generator fixes the draw. Logits that are
-    no numbers are a FloatingPointError.
+    Temperature 0 takes the likeliest, top_k keeps the k likeliest, top_p the fewest likeliest that together reach p
+    (Holtzman et al. 2020); the generator fixes the draw. Logits that are no numbers are a FloatingPointError.
     """
     if (
         not 0 <= temperature < math.inf
@@ -27,7 +26,7 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
     if top_k is not None:
         kept, places = logits.topk(min(top_k, logits.shape[-1]))  # (B, top_k)
         logits = torch.full_like(logits, -torch.inf).scatter(1, places, kept)
-    logits = (logits.float() - top.values[:, None]) / temperature  # (B, vocab_size), the likeliest at 0
+    logits = (logits.float() - top.values[:, None]) / min(temperature, 1e9)  # (B, vocab_size), the likeliest at 0
     if top_p is not None and top_p < 1:
         ordered, places = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)

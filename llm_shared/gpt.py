@@ -125,8 +125,7 @@ class GPTModel(nn.Module):
     def hidden(self, ids, caches=None, real=None):
         """Return the (B, T, n_embd) vectors that the head turns into logits.
 
-        With caches, ids holds only the new tokens. With left-padded rows, real (B, past + T) is False at the
-        padding: those positions are not looked at and not counted.
+        With caches, ids holds only the new tokens. real (B, past + T) is False at padding on the left: not looked at.
         """
         T = ids.shape[1]
         total = T + (caches[0].length if caches else 0)

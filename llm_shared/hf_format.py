@@ -150,11 +150,7 @@ def export_hf(model, folder, tokenizer=None):
     config |= dict.fromkeys(["bos_token_id", "eos_token_id"], bpe.eot_token)
     ends = dict.fromkeys(["bos_token", "eos_token"], None if bpe.eot_token is None else END_OF_TEXT)
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.context_length} | ends
-    files = {
-        "config.json": config,
-        "tokenizer.json": tokenizer_json(bpe),
-        "tokenizer_config.json": tokenizer_config,
-    }
+    files = {"config.json": config, "tokenizer.json": tokenizer_json(bpe), "tokenizer_config.json": tokenizer_config}
     weights = {f"transformer.{name}": weight for name, weight in to_gpt2(own_weights(model)).items()}
     with replacing(folder) as temporary:
         write_safetensors(temporary / "model.safetensors", weights, metadata={"format": "pt"})

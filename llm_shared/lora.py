@@ -14,8 +14,7 @@ from torch import nn
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a low-rank change: x (..., d_in) → x @ W.T + bias + alpha / rank * x @ A.T @ B.T (..., d_out).
 
-    A (rank, d_in) starts random, B (d_out, rank) as zeros: at first nothing changes. Source: Hu et al. 2021, section 4.1.
-    A rank or alpha that cannot be, and training while merged, when A and B would learn nothing, are a ValueError.
+    A (rank, d_in) starts random, B (d_out, rank) as zeros: at first nothing changes (Hu et al. 2021, section 4.1).
     """
 
     def __init__(self, linear, rank, alpha):

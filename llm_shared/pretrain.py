@@ -55,8 +55,7 @@ class PretrainSettings:
 def pretrain(settings, out, schedule=None, device="auto", resume=False, **shape):
     """Train a GPT on a text as settings say; leave tokens, checkpoint and loss.png in the folder out; print a report.
 
-    schedule(lr, total_steps=steps, **shape) → (step → learning rate), constant if None; shape: numbers of its own.
-    With resume, the run in out goes on where it stopped. A run still at work in out is an OSError.
+    schedule(lr, total_steps=steps, **shape) → (step → learning rate), constant if None. With resume, out's run goes on.
     """
     if shape and schedule is None:
         raise ValueError(f"{', '.join(shape)} would do nothing without a schedule")

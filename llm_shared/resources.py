@@ -54,8 +54,7 @@ def verify(path, sha256):
 def replacing(path, ours=()):
     """Yield a temporary path; what stands there at the end, file or folder, takes path's place, and its name, in one step.
 
-    After an error path is what it was, and nothing else is left. What a killed process left behind is removed first.
-    A folder is replaced if it holds the names `ours` and no others; else it is a ValueError.
+    After an error path is what it was. A folder that holds other names than `ours` is not replaced: a ValueError.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):

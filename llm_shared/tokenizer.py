@@ -19,14 +19,23 @@ PIECE_PATTERN = re.compile(r" ?[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+(?![\S\x1c-\x1f])|[
 END_OF_TEXT = "<|endoftext|>"
 
 
+def check_text(text):
+    """Return text if it can be written as UTF-8; half a surrogate pair is a ValueError."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is a lone surrogate ({text[error.start]!r}): not text") from None
+    return text
+
+
 def split_words(text):
     """Cut text into the words that no token crosses, by GPT-2's pattern; nothing is lost: the words join to the text."""
-    return regex.findall(GPT2_PATTERN, text)
+    return regex.findall(GPT2_PATTERN, check_text(text))
 
 
 def split_pieces(text):
     """Cut text at whitespace only, faster than split_words and exact: no word goes on from a visible character to a space."""
-    return PIECE_PATTERN.findall(text)
+    return PIECE_PATTERN.findall(check_text(text))
 
 
 def split_special(text, special_tokens):

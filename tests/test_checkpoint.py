@@ -7,14 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 from llm_shared.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint, save_model
 from llm_shared.gpt import GPTConfig, GPTModel
 from llm_shared.tokenizer import BPETokenizer, gpt2_tokenizer
 from llm_shared.training import make_optimizer
-import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -89,7 +87,7 @@ def test_only_the_newest_checkpoint_stays(run_state, monkeypatch):
     assert newest_checkpoint(out) is None
     for step in (5, 10, 100):
         save(model, optimizer, out, step)
-    (out / "step-00000200.123.tmp").mkdir()  # what a killed run leaves
+    (out / "step-00000200.0123456789abcdef.tmp").mkdir()  # what a killed run leaves
     assert newest_checkpoint(out).name == "step-00000100"
     save(model, optimizer, out, 200)
     assert [path.name for path in out.iterdir()] == ["step-00000200"]
@@ -109,12 +107,15 @@ def test_only_ones_own_checkpoints_are_removed(run_state, monkeypatch):
         (out / name).mkdir(parents=True)
         (out / name / "notes.txt").write_text("mine")
     (out / "step-00000200").write_text("a file")
-    for name in ("step-00000007.99999999.tmp", "step-00000008.0123456789abcdef.tmp"):  # writers killed at other steps
+    for name in (
+        "step-00000007.fedcba9876543210.tmp",
+        "step-00000008.0123456789abcdef.tmp",
+    ):  # writers killed at other steps
         (out / name / "new").mkdir(parents=True)
-    for step in (5, 10, 99_999_999, 100_000_000):
+    for step in (5, 10, 99_999_999):
         save(model, optimizer, out, step)
         assert newest_checkpoint(out).name == f"step-{step:08d}"
-    assert {path.name for path in out.iterdir()} == {*theirs, "step-00000004", "step-00000200", "step-100000000"}
+    assert {path.name for path in out.iterdir()} == {*theirs, "step-00000004", "step-00000200", "step-99999999"}
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "run.pt"])
@@ -163,33 +164,28 @@ def test_a_run_saved_on_gpus_goes_on_without(run_state, monkeypatch):
     ("was", "now", "message"),
     [
         ({"tokens": 1}, {"tokens": 2}, "the text or the tokenizer has changed"),
-        ({"dtype": "torch.bfloat16"}, {"dtype": "torch.float32"}, "dtype=bfloat16 .add --dtype bfloat16."),
+        ({"dtype": "bfloat16"}, {"dtype": "float32"}, "dtype=bfloat16 .add --dtype bfloat16."),
         ({"steps": 500}, {"steps": 600}, "steps=500 .the learning rate depends on them: for more steps begin another"),
         ({"warmup_steps": 5}, {"warmup_steps": 9}, "made with warmup_steps=5: resume it with the same, or choose"),
         ({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 1}, "made with lr=0.1, seed=0"),
-        ({}, {"clip": 2.0}, "made with clip=1.0"),  # a run from before that setting
-        ({"gone": 3}, {}, "made with gone=3"),  # a setting that is no more
-        ({}, {"clip": 1.0}, None),
-        ({"gone": False}, {}, None),
-        ({}, {"new": 0.0}, None),
+        ({"dtype": "torch.bfloat16"}, {"dtype": "bfloat16"}, None),  # as an earlier version wrote it
+        ({}, {"new": 0.0}, None),  # a run from before that setting
+        ({"gone": False}, {}, None),  # a setting that is no more
         (
             {"data": "a.txt", "tokenizer": "a", "compile": False},
             {"data": "b.txt", "tokenizer": "b", "compile": True},
             None,
         ),
-        ({"lr": np.float32(0.1), "steps": np.int64(5)}, {"lr": float(np.float32(0.1)), "steps": 5}, None),
-        ({"data": Path("a.txt")}, {"data": Path("b.txt")}, None),
     ],
 )
 def test_settings_at_resume(run_state, was, now, message):
     model, optimizer, out = run_state
     save_checkpoint(out, model, TOKENIZER, optimizer, [{"step": 5}], was)
-    unsaid = {"clip": 1.0} if "clip" in now else None
     if message is None:
-        assert load_checkpoint(out, model, optimizer, now, unsaid) == [{"step": 5}]
+        assert load_checkpoint(out, model, optimizer, now) == [{"step": 5}]
         return
     with pytest.raises(ValueError, match=message) as caught:
-        load_checkpoint(out, model, optimizer, now, unsaid)
+        load_checkpoint(out, model, optimizer, now)
     assert "\n" not in str(caught.value) and "tokens=" not in str(caught.value)
 
 
@@ -257,8 +253,6 @@ def test_other_settings_are_refused(run_state):
     assert load_checkpoint(out, model, optimizer, {"lr": 1}) == [{"step": 5}]
     with pytest.raises(ValueError, match="was made with lr=1"):
         load_checkpoint(out, model, optimizer, {"lr": 2})
-    with pytest.raises(ValueError, match="was made with lr=1, seed=None"):
-        load_checkpoint(out, model, optimizer, {"seed": 2})
     with pytest.raises(ValueError, match="do not fit the model"):
         load_checkpoint(out, GPTModel(replace(CONFIG, n_embd=32)), optimizer, {"lr": 1})
     with pytest.raises(ValueError, match="holds no checkpoint to resume"):
@@ -289,7 +283,7 @@ def test_damaged_checkpoints_are_refused(run_state):
     (folder / "config.json").write_text("{}x")
     refuse("damaged")
     (folder / "config.json").write_text('{"hidden_size": 3}')
-    refuse("not a checkpoint of this project")
+    refuse("no checkpoint of this project")
     save_file({**weights, "extra": torch.zeros(1)}, folder / "model.safetensors")
     refuse("extra and 1 in all")
     (folder / "model.safetensors").unlink()

@@ -154,7 +154,7 @@ def test_a_kill_at_a_rename_loses_nothing(tmp_path, monkeypatch, rename):
 def test_only_leftovers_of_the_dead_are_removed(tmp_path):
     old = time.time() - resources.YOUNG - 1
     (tmp_path / "file.0123.tmp").mkdir()  # it may not be locked yet
-    for name in ("file.123.tmp", "file.0123abcd.tmp", "file.backup.tmp", "other.123.tmp", "my file.123.tmp"):
+    for name in ("file.0123456789abcdef.tmp", "file.backup.tmp", "other.123.tmp", "my file.123.tmp"):
         (tmp_path / name / "new").mkdir(parents=True)
         os.utime(tmp_path / name, (old, old))
     with replacing(tmp_path / "file") as slow:
