@@ -24,8 +24,7 @@ def extract_tar(source, folder):
     with tarfile.open(fileobj=source) as archive:
         archive.extractall(folder, filter="data")
         archive.fileobj.seek(archive.offset)  # for tarfile a damaged member is the end, but that is made of zeros
-        rest = archive.fileobj.read()
-        if any(rest) or not rest:
+        if any(rest := archive.fileobj.read()) or not rest:
             raise ValueError("it is damaged or cut short")
         return [member.name for member in archive.getmembers() if not member.isdir()]
 

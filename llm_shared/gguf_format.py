@@ -87,6 +87,8 @@ def read_gguf(file):
         if reader.byte_order != "I":
             raise ValueError("its numbers are big-endian")
         fields = {name: field.contents() for name, field in reader.fields.items()}
+        if any(tensor.data_offset < reader.data_offset for tensor in reader.tensors):
+            raise ValueError("a tensor lies in the head of the file")
         shapes = {tensor.name: tensor.shape[::-1].tolist() for tensor in reader.tensors}
         arrays = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
         weights = {name: torch.from_numpy(array.reshape(shapes[name])) for name, array in arrays.items()}

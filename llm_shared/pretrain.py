@@ -76,8 +76,7 @@ def pretrain(settings, out, schedule=None, device="auto", resume=False, **shape)
         tokens = load_tokens(write_tokens(text, out / "tokens", tokenizer))
         n_train = int(len(tokens) * (1 - settings.val_fraction))
         if (n_val := len(tokens) - n_train) <= length:
-            few = f"{n_val} tokens for validation are too few for one window of {length}"
-            raise ValueError(f"{few}: raise val_fraction, take a longer text, or lower context_length")
+            raise ValueError(f"{n_val} tokens are too few to validate on: raise val_fraction, or take a longer text")
         loader = create_dataloader(tokens[:n_train], settings.batch_size, length, stride=length, seed=settings.seed)
         val_loader = create_dataloader(tokens[n_train:], settings.batch_size, length, stride=length, shuffle=False)
 

@@ -291,7 +291,7 @@ def test_a_table_that_is_not_there_is_said_first(tmp_path):
 
 @pytest.mark.parametrize(
     ("items", "width"),
-    [([], None), ([([], 0)], None), ([([5], 0), ([], 1)], None), ([([5, 6, 7], 0)], 2), ([([5], 0)], 0)],
+    [([], None), ([([], 0)], None), ([([5], 0), ([], 1)], None), ([([5, 6, 7], 0)], 2)],
 )
 def test_rows_that_make_no_batch_are_refused(items, width):
     with pytest.raises(

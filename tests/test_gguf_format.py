@@ -288,14 +288,6 @@ def test_big_endian_numbers_are_not_taken_for_others(tmp_path):
     refused(read_gguf, "its numbers are big-endian", tmp_path / "big.gguf")
 
 
-def test_two_tensors_in_one_place(tiny_file):
-    content = tiny_file.read_bytes()
-    at = content.index(b"blk.1.attn_norm.bias") + len("blk.1.attn_norm.bias") + 4 + 8 + 4
-    offset = content.index(b"blk.0.attn_norm.bias") + len("blk.0.attn_norm.bias") + 4 + 8 + 4
-    tiny_file.write_bytes(content[:at] + content[offset : offset + 8] + content[at + 8 :])
-    refused(load_gguf, "overlaps what stands before it", tiny_file)
-
-
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q6_K"])
 def test_every_type_of_number_becomes_float32(tmp_path, kind):
     kind = gguf.GGMLQuantizationType[kind]

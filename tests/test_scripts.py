@@ -206,7 +206,7 @@ def test_settings_that_would_do_nothing(tiny_run, tmp_path):
         pretrain(PretrainSettings(), tmp_path / "run", warmup_steps=5)
     with pytest.raises(ValueError, match="context_length must be"):
         tiny_run(context_length=0)
-    with pytest.raises(ValueError, match="tokens for validation are too few for one window of 16: raise val_fraction"):
+    with pytest.raises(ValueError, match="tokens are too few to validate on: raise val_fraction"):
         tiny_run(val_fraction=0.0001)
     assert newest_checkpoint(tmp_path / "run") is None
 
@@ -243,7 +243,7 @@ def test_help_shows_defaults(script_here, path):
         (b"", "is empty"),
         (b"\x89PNG\r\n\x1a\n", "is not UTF-8 text"),
         (b"GIF\x00\x01", "holds zero bytes"),
-        (b"too short", "too few for one window of 16"),
+        (b"too short", "too few to validate on"),
     ],
 )
 def test_bad_data(script_here, tmp_path, content, message):
@@ -259,7 +259,7 @@ def test_bad_data(script_here, tmp_path, content, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--val-fraction 0.0001", "for validation are too few for one window of 16"),
+        ("--val-fraction 0.0001", "are too few to validate on"),
         ("--device abacus", "device 'abacus' is not on this machine"),
         ("--resume", "holds no checkpoint to resume"),
         ("--tokenizer nowhere.bpe", "nowhere.bpe"),
