@@ -262,7 +262,7 @@ def test_the_text_says_what_the_results_say():
         ("--row 99", "there is no row 99; there are 1 to"),
         ("--lora-rank 99", "rank must be from 1 to 16 for this layer, not 99"),
         ("--layers gpt.blocks.-9", "no layer is called 'gpt.blocks.-9'"),
-        ("--layers nowhere head", "no layer is called 'nowhere'; there are all, gpt.tok_emb"),
+        ("--layers nowhere head", "no layer is called 'nowhere'; there are all, gpt, gpt.tok_emb"),
         ("--sweep --read first", "a sweep runs the rows as they are"),
         ("--model nowhere", "nowhere holds no checkpoint"),
     ],
