@@ -1,13 +1,17 @@
 """What a GPU does otherwise, tested without one: fake CUDA tensors under CUDA's real autocast; its rules on a CPU; a GPU if there is one."""
 
-from llm_shared.checkpoint import SkipInit
+from llm_shared.checkpoint import SkipInit, load_checkpoint, load_model, save_checkpoint
+from llm_shared.classify import GPTClassifier, classification_loss, create_message_loader, predict
 from llm_shared.data import create_dataloader
 from llm_shared.generate import generate
 from llm_shared.gpt import GPTConfig, GPTModel
+from llm_shared.lora import adapter, add_lora
 from llm_shared.loss import HeadCrossEntropy, autocast, evaluate, next_token_loss
+from llm_shared.tokenizer import BPETokenizer
 from llm_shared.training import make_optimizer, train
 import pytest
 import torch
+from samples import MIXED_TEXT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -110,6 +114,27 @@ def test_fake_forward_evaluate_predict(fake_gpu, dtype):
     assert evaluate(model, loader, dtype=dtype) > 0
 
 
+MESSAGES = [([1, 2, 3], 0), ([4], 1), ([5, 6], 1), ([7, 8, 9, 10], 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_fake_classifier(fake_gpu, dtype, lora):
+    with CUDA, SkipInit():
+        model = GPTClassifier(fake_model())
+        if lora:
+            add_lora(model, ["attn.qkv", "ffn.up"], 2, 4)
+    if lora:
+        assert {weight.device.type for weight in adapter(model).values()} == {"cuda"}
+    model.requires_grad_(False)
+    ids, ones = (torch.ones(shape, dtype=torch.long, device=CUDA) for shape in ((2, 5), (2,)))
+    with autocast(CUDA, dtype):
+        loss = classification_loss(model, ids, ones, ones)
+    probs, _ = predict(model, [(ids, ones, ones)], dtype)
+    assert (loss.device.type, loss.dtype) == ("cuda", torch.float32)
+    assert (probs.device.type, probs.shape, probs.dtype) == ("cpu", (2, 2), torch.float32)
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}, {"use_cache": False}])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fake_generate(fake_gpu, dtype, options):
@@ -158,3 +183,41 @@ def test_training_under_the_autocast_of_a_gpu(autocast_of_a_gpu):
     history = train(model, make_optimizer(model, 1e-2), loader, loader, 60, eval_every=30, dtype=torch.bfloat16)
     assert history[-1]["val_loss"] < history[0]["val_loss"] < 6
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once")
+@pytest.mark.parametrize("lora", [False, True])
+def test_classifying_under_the_autocast_of_a_gpu(autocast_of_a_gpu, lora):
+    torch.manual_seed(0)
+    model, loader = GPTClassifier(GPTModel(CONFIG)), create_message_loader(MESSAGES, 2, pad_id=0)
+    if lora:
+        add_lora(model, ["attn.qkv", "ffn.up"], 2, 4)
+        model.head.requires_grad_(True)
+    optimizer, options = make_optimizer(model, 1e-2), {"loss_fn": classification_loss, "dtype": torch.bfloat16}
+    history = train(model, optimizer, loader, loader, 40, eval_every=20, **options)
+    assert history[-1]["val_loss"] < 0.6
+    probs, labels = predict(model, loader, torch.bfloat16)
+    assert probs.dtype == torch.float32 and torch.allclose(probs.sum(1), torch.ones(4)) and len(labels) == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["cpu", "cuda", "mps"])
+def test_a_run_on_each_device_of_this_machine(name, dtype, tmp_path):
+    """The same small run, the CPU's too, whose checkpoint then opens on a CPU."""
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        pytest.skip(f"this machine has no {name}")
+    device, tokenizer = torch.device(name), BPETokenizer.train(MIXED_TEXT, CONFIG.vocab_size)
+    torch.manual_seed(0)
+    model = GPTModel(CONFIG).to(device)
+    optimizer, loader = make_optimizer(model, 1e-2), create_dataloader(list(range(100)), 2, 8, stride=8)
+    history = train(model, optimizer, loader, loader, 20, eval_every=10, dtype=dtype)
+    assert history[-1]["val_loss"] < history[0]["val_loss"] < 6
+    assert evaluate(model, loader, dtype=dtype) == pytest.approx(history[-1]["val_loss"], rel=1e-3)
+    assert len(generate(model, [[1, 2], [3]], 12, temperature=1.0, top_k=5)[1]) == 13
+    save_checkpoint(tmp_path, model, tokenizer, optimizer, history, {})
+    again = GPTModel(CONFIG)
+    assert load_checkpoint(tmp_path, again, make_optimizer(again, 1e-2), {}) == history
+    for one in (again, load_model(tmp_path)[0]):
+        pairs = zip(one.parameters(), model.parameters(), strict=True)
+        assert all(our.is_cpu and torch.equal(our, their.cpu()) for our, their in pairs)
+    assert evaluate(again, loader, dtype=dtype) == pytest.approx(history[-1]["val_loss"], rel=2e-2)
