@@ -119,7 +119,7 @@ def many_special_tokens():
 
 
 @settings(
-    max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=170, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(text=nasty, block=st.integers(1, 12))
 def test_no_cut_changes_an_id(tmp_path, many_special_tokens, text, block):

@@ -76,7 +76,7 @@ text = st.one_of(
 )
 
 
-@settings(max_examples=10_000, deadline=None, derandomize=True)
+@settings(max_examples=3000, deadline=None, derandomize=True)
 @given(text)
 def test_ids_equal_tiktoken(tiktoken_gpt2, ours, text):
     expected = tiktoken_gpt2.encode_ordinary(text)
@@ -252,10 +252,10 @@ def test_the_work_grows_as_the_word_does(ours, alphabet):
 
 @pytest.mark.parametrize("alphabet", ["abcdefghij", "ăâêôơư"])
 def test_training_on_one_long_word_takes_seconds(alphabet):
-    word = "".join(Random(0).choices(alphabet, k=100_000))
+    word = "".join(Random(0).choices(alphabet, k=30_000))
     started = time.process_time()
     BPETokenizer.train(word, 400)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 0.5  # counting the whole word again after each merge takes 0.9
 
 
 def naive_merges(words, n_merges):
