@@ -101,19 +101,18 @@ def lead(seconds):
 
 def share(race, name):
     """Return the share of the machine's peak that a contender reached, or its peak memory over the weights, as text."""
-    if race["memory"]:
+    if race.get("memory"):
         return f"{race['memory'][name]:.2f}"
     return f"{race['limit'] / race['seconds'][name]:.0%}" if race["limit"] else ""
 
 
 def table(title, races):
     """Return the races of one title, {processor: race}, as Markdown: speed relative to ours, and share of peak or memory."""
-    last = "peak memory / weights" if any(race["memory"] for race in races.values()) else "share of peak"
-    lines = [f"**{title}**", "", "| contender |" + f" speed / ours | {last} |" * len(races)]
-    lines += ["|---|" + "---:|---:|" * len(races)]
+    last = "peak memory / weights" if any(race.get("memory") for race in races.values()) else "share of peak"
+    columns, dashes = f" speed / ours | {last} |" * len(races), "|---|" + "---:|---:|" * len(races)
+    lines = [f"**{title}**", "", "| contender |" + columns, dashes]
     if len(races) > 1:
-        lines[2:2] = ["| |" + "".join(f" {processor} | |" for processor in races)]
-        lines[2:5] = [lines[2], lines[4], lines[3].replace(" contender ", " ")]
+        lines[2:] = ["| |" + "".join(f" {processor} | |" for processor in races), dashes, "| contender |" + columns]
     best = max(races.values(), key=lambda race: len(race["seconds"]))["seconds"]
     for name in sorted(best, key=best.get):
         cells = ""
