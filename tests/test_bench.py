@@ -15,6 +15,6 @@ def test_tables_are_those_of_the_results(monkeypatch, name):
     import report
 
     text = (BENCH / name).read_text(encoding="utf-8")
-    assert with_results(text, report.tables()) == text
+    assert with_results(text, report.tables(int(name == "README.md"))) == text
     assert "ours / fastest peer" in text
     sys.modules.pop("report")
