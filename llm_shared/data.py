@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 BLOCK = 1 << 18  # characters read at one time
-LONGEST_WORD = 1 << 19  # characters; only a word longer than this may be cut
+LONGEST_WORD = 1 << 19  # characters; only a longer stretch without a border may be cut
 # Two characters between which a word always ends: a visible one and one of another kind; not 's, which is one word.
 BORDER = regex.compile(r"(?r)\p{L}\P{L}|\p{N}\P{N}|[^\s\p{L}\p{N}'][\s\p{L}\p{N}]")
 
@@ -27,7 +27,7 @@ def last_cut(text, special_tokens):
 
 
 def read_blocks(path, special_tokens=()):
-    """Yield a UTF-8 text file in blocks whose ids are those of the whole text; a word over LONGEST_WORD aside."""
+    """Yield a UTF-8 text file in blocks whose ids are those of the whole text, but for LONGEST_WORD without a border."""
     rest = ""
     with open(path, encoding="utf-8-sig") as file:
         try:
