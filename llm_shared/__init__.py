@@ -2,7 +2,7 @@
 
 import os
 
-# OpenMP's threads spin for some 15 µs, then sleep (tests/bench/busy.py); it counts only if torch is imported after this.
+# OpenMP's threads spin for a moment, then sleep (tests/bench/busy.py); it counts only if torch is imported after this.
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 if WAITING.keys().isdisjoint(os.environ):
     os.environ.update(WAITING)

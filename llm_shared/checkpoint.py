@@ -29,7 +29,7 @@ PROBE = "Don't stop: 12345 của chúng  ta's\n\n\t½ 日本 'S, ok? IT'S café 
 
 
 def fingerprint(tokenizer):
-    """Return a hash of what a tokenizer does: the bytes of each id, and how it cuts a text with everything in it."""
+    """Return a hash of the bytes of each id, and of how a tokenizer cuts one text: not of every cut it could make."""
     tokens = "".join(repr(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab))
     return hashlib.sha256(f"{tokenizer.encode_ordinary(PROBE)}{tokens}".encode()).hexdigest()[:16]
 
@@ -73,8 +73,11 @@ def empty_model(config, weights, source):
     """Return a GPTModel without memory; weights {name: tensor} that do not fit it are a ValueError that names source."""
     if config.n_layer > len(weights):
         raise ValueError(f"{source}: {config.n_layer} layers are claimed, and there are {len(weights)} tensors")
-    with torch.device("meta"), SkipInit():
-        model = GPTModel(config)
+    try:
+        with torch.device("meta"), SkipInit():
+            model = GPTModel(config)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{source}: there is no model as large as {config}") from None
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     wrong = sorted(name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name))
     if wrong:

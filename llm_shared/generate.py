@@ -12,11 +12,7 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
     Temperature 0 takes the likeliest, top_k keeps the k likeliest, top_p the fewest likeliest that together reach p
     (Holtzman et al. 2020); the generator fixes the draw. Logits that are no numbers are a FloatingPointError.
     """
-    if (
-        not 0 <= temperature < math.inf
-        or (top_k is not None and top_k < 1)
-        or (top_p is not None and not 0 < top_p <= 1)
-    ):
+    if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
         raise ValueError("temperature must be a number of at least 0, top_k at least 1, top_p above 0 and at most 1")
     top = logits.max(dim=-1)  # finds the same places as argmax, several times as fast on a CPU
     if not top.values.isfinite().all():

@@ -325,7 +325,7 @@ def small_run(tmp_path_factory):
     (folder / "book.txt").write_text(book, encoding="utf-8")
     BPETokenizer.train(book, 300).save(folder / "book.bpe")
     options = (
-        "--context-length 32 --batch-size 2 --accumulate 2 --dropout 0.1 --steps 10 --eval-every 2 --dtype float32"
+        "--context-length 32 --batch-size 2 --accumulate 2 --dropout 0.1 --steps 16 --eval-every 2 --dtype float32"
     )
     paths = ["--data", folder / "book.txt", "--tokenizer", folder / "book.bpe"]
 
@@ -352,10 +352,10 @@ def test_killed_and_resumed_equals_uninterrupted(small_run):
     while True:
         process = subprocess.Popen(command("killed", *resume), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         at_start = newest_checkpoint(folder / "killed")
-        while kills < 2 and process.poll() is None and newest_checkpoint(folder / "killed") == at_start:
+        while kills < 3 and process.poll() is None and newest_checkpoint(folder / "killed") == at_start:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
-        if kills == 2 or process.poll() is not None:
+        if kills == 3 or process.poll() is not None:
             assert process.wait() == 0, process.stdout.read().decode()
             break
         os.kill(process.pid, signal.SIGKILL)

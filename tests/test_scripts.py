@@ -131,8 +131,12 @@ def test_two_runs_in_one_folder(tiny_run, script_here, tmp_path, monkeypatch):
 def test_compiled_and_plain_runs_resume_each_other(tiny_run, tmp_path, monkeypatch, first):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)
+
+    def ctrl_c(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-        stopped.setattr("llm_shared.pretrain.write_sample", lambda *_: signal.raise_signal(signal.SIGINT))
+        stopped.setattr("llm_shared.pretrain.write_sample", ctrl_c)
         tiny_run(steps=4, compile=first)
     assert newest_checkpoint(tmp_path / "run").name == "step-00000002"
     assert tiny_run(resume=True, steps=4, compile=not first).name == "step-00000004"
@@ -382,7 +386,8 @@ def test_a_damaged_book(script_here, tmp_path, tmp_path_factory, damage):
 
 def ending(program, *args, **options):
     """Run a program under llm_shared.cli.run, in a process of its own; main is what it defines."""
-    program = f"import sys\nfrom llm_shared.cli import run\n{program}\nrun(main)"
+    listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # which a shell's background job ignores
+    program = f"import signal, sys\n{listen}\nfrom llm_shared.cli import run\n{program}\nrun(main)"
     command = [sys.executable, "-c", program, *map(str, args)]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stderr=subprocess.PIPE, **{"stdout": subprocess.PIPE} | options

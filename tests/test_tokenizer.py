@@ -76,7 +76,7 @@ text = st.one_of(
 )
 
 
-@settings(max_examples=3000, deadline=None, derandomize=True)
+@settings(max_examples=10_000, deadline=None, derandomize=True)
 @given(text)
 def test_ids_equal_tiktoken(tiktoken_gpt2, ours, text):
     expected = tiktoken_gpt2.encode_ordinary(text)
