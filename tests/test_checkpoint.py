@@ -406,3 +406,12 @@ def test_every_part_of_a_run_is_checked(run_state, damage):
         load_checkpoint(out, model, optimizer, {"lr": 1})
     assert "\n" not in str(caught.value)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [{"vocab_size": 2**62}, {"context_length": 2**70}, {"n_embd": 2**40}])
+def test_sizes_that_no_model_has(run_state, size):
+    model, optimizer, out = run_state
+    save(model, optimizer, out, 5)
+    (newest_checkpoint(out) / "config.json").write_text(json.dumps(CONFIG.__dict__ | size))
+    with pytest.raises(ValueError, match="there is no model as large as|do not fit the model"):
+        load_model(out)
